@@ -1,0 +1,19 @@
+"""Fused kernels for convolutional-transformer vision backbones."""
+
+from __future__ import annotations
+
+from . import ops
+from ._version import __version__
+from .dispatch import Choice, use_backend
+from .errors import BackendError, FrozenError, InputError, LowkernelsError
+
+__all__ = [
+    "BackendError",
+    "Choice",
+    "FrozenError",
+    "InputError",
+    "LowkernelsError",
+    "__version__",
+    "ops",
+    "use_backend",
+]

@@ -1,0 +1,27 @@
+"""The backends, one file each.
+
+A backend module defines
+
+- ``NAME``: what users pass as ``backend=``;
+- ``KERNEL``: the file name (without ``.py``) that serves it inside each operator's folder;
+- ``unavailable(device_type)``: why the backend cannot be used for tensors of that device type on this machine, or None. It must be
+  cheap after its first call and must not start a GPU, a compiler or the network;
+- ``describe()``: one line about its versions and state for ``lowkernels info``.
+
+To add a backend: add its module here, its name to ``PRIORITY``, and a file named ``KERNEL`` to the operators it serves.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+# ``auto`` takes the first backend that can serve a call; eager serves everything, so it comes last.
+PRIORITY: tuple[str, ...] = ("eager",)
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """The module of backend ``name``, which must be in :data:`PRIORITY`."""
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,181 @@
+"""The one dispatcher: which backend serves a call, and why.
+
+The request comes from, in this order: the call's ``backend`` argument, the innermost :func:`use_backend` context, the environment
+variable ``LOWKERNELS_BACKEND``, and ``"auto"``. A backend requested by name serves the call or raises
+:class:`~lowkernels.errors.BackendError`; ``"auto"`` takes the first backend in priority order that can, and keeps every reason why
+the ones before it could not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+
+from . import backends
+from .errors import BackendError
+
+ENVIRONMENT_VARIABLE = "LOWKERNELS_BACKEND"
+AUTO = "auto"
+
+_context: ContextVar[str | None] = ContextVar("lowkernels_backend", default=None)
+
+
+class Kernel(Protocol):
+    """What an operator's backend file (``lowkernels/ops/<operator>/<kernel>.py``) provides.
+
+    Arguments are positional, in the order of the operator's schema. "Weights" means the schema without ``x``, without other input
+    tensors, and without ``packed``, ``packed_for`` and ``backend``. Reasons are sentences that name the argument.
+    """
+
+    def unsupported_weights(self, *weights: Any) -> str | None:
+        """Why these weights and this configuration can never be served, or None."""
+
+    def unsupported_input(self, x: torch.Tensor, *args: Any) -> str | None:
+        """Why this input cannot be served although the weights can be, or None."""
+
+    def pack(self, *weights: Any) -> list[torch.Tensor]:
+        """The weights in the backend's own layout."""
+
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        """Run the operator; the last argument is the list :meth:`pack` made, or None. ``x`` is NHWC in memory and not empty."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of dispatching one call.
+
+    Attributes:
+        operator: name of the operator.
+        backend: name of the backend that serves the call.
+        reason: why that one, as a sentence.
+        rejected: (backend, reason) of every backend that was preferred over it and refused, in order.
+    """
+
+    operator: str
+    backend: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        refused = "".join(f"; {name}: {reason}" for name, reason in self.rejected)
+        return f"{self.operator}: {self.backend} ({self.reason}){refused}"
+
+
+def check_name(name: str) -> str:
+    """``name`` if it is ``"auto"`` or a known backend.
+
+    Raises:
+        BackendError: unknown name.
+    """
+    if name != AUTO and name not in backends.PRIORITY:
+        known = ", ".join((AUTO, *backends.PRIORITY))
+        raise BackendError(f"unknown backend {name!r}: allowed are {known}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context (and thread), calls that name no backend themselves ask for ``name``.
+
+    Args:
+        name: a backend's name, or ``"auto"``.
+
+    Raises:
+        BackendError: unknown name. A known backend that cannot serve a call raises when that call is made.
+    """
+    token = _context.set(check_name(name))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def requested(argument: str | None) -> tuple[str, str]:
+    """The backend asked for and where the request came from."""
+    if argument is not None:
+        return argument, "the backend argument"
+    context = _context.get()
+    if context is not None:
+        return context, "lowkernels.use_backend"
+    variable = os.environ.get(ENVIRONMENT_VARIABLE)
+    if variable:
+        return variable, f"the environment variable {ENVIRONMENT_VARIABLE}"
+    return AUTO, "auto"
+
+
+@functools.cache
+def kernel(operator: str, backend: str) -> Kernel | None:
+    """The file of ``operator`` that serves ``backend``, imported on first use; None where the operator has none."""
+    name = f"{__package__}.ops.{operator}.{backends.load(backend).KERNEL}"
+    if importlib.util.find_spec(name) is None:
+        return None
+    return cast(Kernel, importlib.import_module(name))
+
+
+def choose(
+    operator: str, device_type: str, argument: str | None, unsupported: Callable[[Kernel], str | None]
+) -> tuple[Kernel, Choice]:
+    """Choose the backend of one call.
+
+    Args:
+        operator: the operator's name.
+        device_type: of the call's tensors, ``"cpu"`` or ``"cuda"``.
+        argument: the call's ``backend`` argument.
+        unsupported: asks one kernel why it cannot serve the call.
+
+    Raises:
+        BackendError: a backend asked for by name is unknown or cannot serve the call.
+    """
+    name, source = requested(argument)
+    check_name(name)
+
+    def refusal(backend: str) -> str | None:
+        missing = backends.load(backend).unavailable(device_type)
+        if missing is not None:
+            return missing
+        found = kernel(operator, backend)
+        return f"it has no {operator} kernel" if found is None else unsupported(found)
+
+    if name != AUTO:
+        reason = refusal(name)
+        if reason is not None:
+            raise BackendError(
+                f"lowkernels.{operator}: backend {name!r}, asked for by {source}, cannot serve this call: {reason}"
+            )
+        return cast(Kernel, kernel(operator, name)), Choice(operator, name, f"asked for by {source}")
+
+    rejected: list[tuple[str, str]] = []
+    for candidate in backends.PRIORITY:
+        reason = refusal(candidate)
+        if reason is None:
+            why = "first choice of auto" if not rejected else "first in auto's order that can serve the call"
+            return cast(Kernel, kernel(operator, candidate)), Choice(operator, candidate, why, tuple(rejected))
+        rejected.append((candidate, reason))
+    raise BackendError(f"lowkernels.{operator}: no backend can serve this call: {rejected}")
+
+
+class _Last(threading.local):
+    call: tuple[Choice, int] | None = None
+
+
+_last = _Last()
+
+
+def record(choice: Choice, layout_copies: int) -> None:
+    """Remember how this thread's latest operator call was served."""
+    _last.call = (choice, layout_copies)
+
+
+def last_call() -> tuple[Choice, int] | None:
+    """How this thread's latest operator call was served: the choice, and how many inputs had to be copied to NHWC."""
+    return _last.call

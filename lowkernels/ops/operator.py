@@ -1,0 +1,269 @@
+"""From an operator's contract to ``torch.ops.lowkernels.<name>``: schema, fake, dispatch, autograd and autocast, once for all.
+
+``lowkernels::<name>`` belongs to Python. Its CPU and CUDA implementations are the same function, which asks the dispatcher for a
+backend; backends register C++ operators, if they have any, under names of their own (``lowkernels_cuda::...``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..dispatch import Choice, Kernel
+from ..errors import InputError
+
+_LIBRARY = torch.library.Library("lowkernels", "DEF")
+_DEVICE_KEYS = ("CPU", "CUDA")
+# Appended to every operator's schema. ``packed_for`` names the backend that made ``packed``.
+_DISPATCH_SCHEMA = "Tensor[]? packed=None, str? packed_for=None, str? backend=None"
+_DISPATCH_ARGUMENTS = 3
+# Decisions are cached per combination of shapes, dtypes, devices and configuration; cleared when full, which is only seen by
+# programs that go through thousands of input sizes.
+_PLANS_KEPT = 4096
+
+
+class PackedWeights(NamedTuple):
+    """Weights in one backend's own layout, made by a ``pack_<operator>`` function and valid for the arguments given there.
+
+    Attributes:
+        backend: the backend that made them; no other reads them.
+        tensors: opaque; empty for backends that need no packing.
+    """
+
+    backend: str
+    tensors: list[Tensor]
+
+
+class _Plan(NamedTuple):
+    kernel: Kernel | None
+    choice: Choice
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """``x`` with NHWC memory: itself if it already has it, a copy otherwise."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _nhwc_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 2:
+        return (shape[1], 1)
+    _, channels, height, width = shape
+    return (channels * height * width, 1, channels * width, channels)
+
+
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+class Operator:
+    """One operator of the library.
+
+    Args:
+        contract: the operator's ``contract.py``: ``NAME``; ``SCHEMA``, the arguments without the dispatch ones, starting with
+            ``Tensor x``; ``INPUTS``, the names of those that are data rather than weights; and ``infer_shape``, which checks the
+            arguments (raising :class:`~lowkernels.errors.InputError`) and returns the output's shape. It reads shapes, dtypes and
+            devices only, and must not compare the batch size with anything.
+        reference: the operator's ``reference.py``, whose ``forward`` is differentiable by autograd.
+
+    Attributes:
+        name: under ``torch.ops.lowkernels``.
+        overload: the operator, as ``torch.ops`` has it.
+        argument_names: of the schema without the dispatch arguments.
+        infer_shape: the contract's.
+        accumulation_length: the contract's: the longest sum one output element is made of, K of the error budget.
+    """
+
+    def __init__(self, contract: ModuleType, reference: ModuleType) -> None:
+        self.name = name = contract.NAME
+        schema = contract.SCHEMA
+        self.infer_shape: Callable[..., tuple[int, ...]] = contract.infer_shape
+        self.accumulation_length: Callable[..., int] = contract.accumulation_length
+        self._reference: Callable[..., Tensor] = reference.forward
+        self._plans: dict[Any, _Plan] = {}
+
+        _LIBRARY.define(f"{name}({schema}, {_DISPATCH_SCHEMA}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        self.overload = getattr(torch.ops.lowkernels, name).default
+        arguments = self.overload._schema.arguments
+        self.argument_names = tuple(a.name for a in arguments[:-_DISPATCH_ARGUMENTS])
+        self._inputs = frozenset(contract.INPUTS)
+        self._defaults = tuple(a.default_value if a.has_default_value() else None for a in arguments)
+        self._tensor_positions = tuple(i for i, a in enumerate(arguments[:-_DISPATCH_ARGUMENTS]) if "Tensor" in str(a.type))
+
+        _LIBRARY.define(
+            f"{name}_backward(Tensor grad, {schema}, *, bool[] needs) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
+        )
+        self.backward_overload = getattr(torch.ops.lowkernels, f"{name}_backward").default
+        for key in _DEVICE_KEYS:
+            _LIBRARY.impl(name, self._run, key)
+            _LIBRARY.impl(f"{name}_backward", self._backward, key)
+            _LIBRARY.impl(name, self._autocast(key.lower()), f"Autocast{key}", with_keyset=True)
+        torch.library.register_fake(f"lowkernels::{name}", self._fake, lib=_LIBRARY)
+        torch.library.register_fake(f"lowkernels::{name}_backward", self._fake_backward, lib=_LIBRARY)
+        torch.library.register_autograd(
+            f"lowkernels::{name}", self._backward_formula, setup_context=self._setup_context, lib=_LIBRARY
+        )
+
+    def __repr__(self) -> str:
+        return f"Operator({self.overload._schema})"
+
+    def pack(self, *weights: Any, backend: str | None = None) -> PackedWeights:
+        """Lay out weights for one backend, once, so that calls need not.
+
+        Args:
+            weights: the schema's arguments without ``x``, without other input tensors and without the dispatch arguments.
+            backend: the backend to pack for; None asks the dispatcher, which knows everything but the input.
+
+        Raises:
+            BackendError: ``backend`` is unknown or can never serve these weights.
+        """
+        device_type = next(w.device.type for w in weights if isinstance(w, Tensor))
+        kernel, choice = dispatch.choose(
+            self.name, device_type, backend, lambda candidate: candidate.unsupported_weights(*weights)
+        )
+        return PackedWeights(choice.backend, kernel.pack(*weights))
+
+    def explain(self, *args: Any, backend: str | None = None) -> Choice:
+        """Which backend would serve this call, and why; nothing is run.
+
+        Args:
+            args: the schema's arguments without the dispatch ones, trailing defaults may be left out.
+            backend: as in a call.
+
+        Raises:
+            InputError, BackendError: as the call itself would.
+        """
+        call = self._complete(args)[:-_DISPATCH_ARGUMENTS]
+        self.infer_shape(*call)
+        return self._choose(call, backend)[1]
+
+    def _complete(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        # The dispatcher leaves out trailing arguments that have their default value.
+        return (*args, *self._defaults[len(args) :])
+
+    def _weights(self, call: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(v for name, v in zip(self.argument_names, call, strict=True) if name not in self._inputs)
+
+    def _choose(self, call: tuple[Any, ...], backend: str | None) -> tuple[Kernel, Choice]:
+        weights = self._weights(call)
+        return dispatch.choose(
+            self.name,
+            call[0].device.type,
+            backend,
+            lambda kernel: kernel.unsupported_weights(*weights) or kernel.unsupported_input(*call),
+        )
+
+    def _plan(self, call: tuple[Any, ...], request: tuple[str, str]) -> _Plan:
+        key = (
+            request,
+            *((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in call),
+        )
+        plan = self._plans.get(key)
+        if plan is None:
+            shape = self.infer_shape(*call)
+            empty = call[0].shape[0] == 0
+            kernel, choice = self._choose(call, request[0])
+            plan = _Plan(None if empty else kernel, choice, shape, _nhwc_stride(shape))
+            if len(self._plans) >= _PLANS_KEPT:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _run(self, *args: Any) -> Tensor:
+        *call_list, packed, packed_for, backend = self._complete(args)
+        call = tuple(call_list)
+        x: Tensor = call[0]
+        kernel, choice, shape, stride = self._plan(call, dispatch.requested(backend))
+        if packed is not None and packed_for is None:
+            raise InputError(f"lowkernels.{self.name}: argument packed_for: is None; name the backend that made packed")
+        if kernel is None:
+            dispatch.record(choice, 0)
+            return _empty(x, shape)
+        copies = 0
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x, copies = nhwc(x), 1
+        out = kernel.forward(x, *call[1:], packed if packed_for == choice.backend else None)
+        dispatch.record(choice, copies)
+        if out.stride() != stride:
+            # Sizes of 1 leave strides free; callers, and the fake, count on exactly these.
+            laid_out = _empty(x, shape)
+            laid_out.copy_(out)
+            out = laid_out
+        return out
+
+    def _fake(self, *args: Any) -> Tensor:
+        call = self._complete(args)[:-_DISPATCH_ARGUMENTS]
+        return _empty(call[0], self.infer_shape(*call))
+
+    def _autocast(self, device_type: str) -> Callable[..., Tensor]:
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+            torch._C.DispatchKey.AutocastCUDA
+        )
+
+        def cast(value: Any, dtype: torch.dtype) -> Any:
+            if isinstance(value, list):
+                return [cast(v, dtype) for v in value]
+            eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if eligible else value
+
+        def autocast(_keyset: Any, *args: Any) -> Tensor:
+            dtype = torch.get_autocast_dtype(device_type)
+            call, rest = self._complete(args)[:-_DISPATCH_ARGUMENTS], self._complete(args)[-_DISPATCH_ARGUMENTS:]
+            # Packed weights belong to the dtype they were made for.
+            if any(isinstance(v, Tensor) and v.is_floating_point() and v.dtype != dtype for v in call[1:]):
+                rest = (None, None, rest[2])
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.overload(*(cast(v, dtype) for v in call), *rest)
+
+        return autocast
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        call = inputs[:-_DISPATCH_ARGUMENTS]
+        ctx.save_for_backward(*(call[i] for i in self._tensor_positions))
+        ctx.call = tuple(None if i in self._tensor_positions else v for i, v in enumerate(call))
+
+    def _backward_formula(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        call = list(ctx.call)
+        for position, tensor in zip(self._tensor_positions, ctx.saved_tensors, strict=True):
+            call[position] = tensor
+        # One entry per argument the dispatcher passed on; it leaves out trailing defaults, and those need no gradient.
+        given = ctx.needs_input_grad
+        needs = [i < len(given) and given[i] for i in self._tensor_positions]
+        grads = iter(self.backward_overload(grad, *call, needs=needs))
+        by_position: dict[int, Tensor] = {
+            i: next(grads) for i, need in zip(self._tensor_positions, needs, strict=True) if need
+        }
+        # ``packed`` is a list, and wants a list of the same length back.
+        return tuple([None] * len(g) if isinstance(g, list) else by_position.get(i) for i, g in enumerate(given))
+
+    def _backward(self, grad: Tensor, *args: Any, needs: Sequence[bool]) -> list[Tensor]:
+        # Recomputes the forward through the reference: the operators are for inference first, and keep nothing for training.
+        call = list(self._complete(args)[: len(self.argument_names)])
+        wanted = []
+        with torch.enable_grad():
+            for position, need in zip(self._tensor_positions, needs, strict=True):
+                if call[position] is not None:
+                    call[position] = call[position].detach().requires_grad_(need)
+                if need:
+                    wanted.append(call[position])
+            out = self._reference(*call, None)
+        grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
+        return [self._like(g, t) for g, t in zip(grads, wanted, strict=True)]
+
+    @staticmethod
+    def _like(grad: Tensor | None, tensor: Tensor) -> Tensor:
+        out = torch.empty_like(tensor)
+        if grad is None:
+            return out.zero_()
+        return grad if grad.stride() == out.stride() else out.copy_(grad)
+
+    def _fake_backward(self, grad: Tensor, *args: Any, needs: Sequence[bool]) -> list[Tensor]:
+        call = self._complete(args)
+        return [torch.empty_like(call[i]) for i, need in zip(self._tensor_positions, needs, strict=True) if need]
