@@ -148,11 +148,12 @@ class Operator:
         # The dispatcher leaves out trailing arguments that have their default value.
         return (*args, *self._defaults[len(args) :])
 
-    def _weights(self, call: tuple[Any, ...]) -> tuple[Any, ...]:
+    def weights(self, call: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a whole call that :meth:`pack` takes: all but the input tensors."""
         return tuple(v for name, v in zip(self.argument_names, call, strict=True) if name not in self._inputs)
 
     def _choose(self, call: tuple[Any, ...], backend: str | None) -> tuple[Kernel, Choice]:
-        weights = self._weights(call)
+        weights = self.weights(call)
         return dispatch.choose(
             self.name,
             call[0].device.type,
