@@ -1,0 +1,7 @@
+"""`python -m lowformer` is the command `lowformer`."""
+
+import sys
+
+from lowformer.cli import main
+
+sys.exit(main())
