@@ -55,7 +55,9 @@ types: $(VENV)/.test
 
 check: lint types test
 
+# setuptools would put files of an earlier build into the wheel.
 build: $(VENV)/.torch
+	rm -rf build
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 $(VENV)/bin/python:

@@ -183,7 +183,7 @@ def _classify(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UsageError(str(error)) from error
     model, names, weights = _load_model(args.model, args.weights, args.kernels)
-    model.eval().to(device, DTYPES[args.dtype]).to(memory_format=torch.channels_last)
+    model.eval().to(device, DTYPES[args.dtype])
 
     note = f"  [{UNTRAINED}]" if weights == UNTRAINED else ""
     as_text = "-" not in (args.json, args.csv)
