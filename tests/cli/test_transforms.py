@@ -101,10 +101,10 @@ def test_transparent_pixels_are_white(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_greyscale_spans_black_to_white(tmp_path: Path, suffix: str) -> None:
-    levels = np.array([[0, 257, 128 * 257, 65535, 65535 - 100, 100]], np.uint16)
+    levels = np.array([[0, 257, 128 * 257, 65535, 100, 200, 65535 - 100, 65535 - 200]], np.uint16)
     Image.fromarray(levels).save(tmp_path / f"grey.{suffix}")
     shown = np.asarray(load_image(tmp_path / f"grey.{suffix}"))
-    assert shown[0, :, 0].tolist() == [0, 1, 128, 255, 255, 0]
+    assert shown[0, :, 0].tolist() == [0, 1, 128, 255, 0, 1, 255, 254]
     assert (shown == shown[:, :, :1]).all()
 
 
