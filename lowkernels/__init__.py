@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from . import ops
+from . import nn, ops
 from ._version import __version__
 from .dispatch import Choice, use_backend
 from .errors import BackendError, FrozenError, InputError, LowkernelsError
+from .nn import freeze, repack
 
 __all__ = [
     "BackendError",
@@ -14,6 +15,9 @@ __all__ = [
     "InputError",
     "LowkernelsError",
     "__version__",
+    "freeze",
+    "nn",
     "ops",
+    "repack",
     "use_backend",
 ]

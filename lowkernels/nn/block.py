@@ -1,0 +1,462 @@
+"""The base of the drop-in modules: one block of a model that runs as one operator in eval mode.
+
+A block keeps the children of the module it replaces as its own, under their old names, so parameters and state dict stay what they
+were. In train mode it runs the replaced module's own code. In eval mode it runs the operator on weights with BatchNorm folded in and
+laid out for the backend. Those are kept as non-persistent buffers and follow the parameters: every eager call compares the identity,
+version counter and storage of each source with what they were when the weights were made, and makes them again where they differ.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..dispatch import Choice
+from ..errors import FrozenError, InputError
+from ..ops import OPERATORS
+from ..ops.operator import Operator, PackedWeights
+from .folding import fold
+
+BlockT = TypeVar("BlockT", bound="FusedBlock")
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Leaf modules that compute the same in train and eval mode.
+_MODELESS = (nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU)
+_packing = threading.RLock()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody registered a forward or backward hook on ``module`` itself."""
+    return any(hook_dicts(module))
+
+
+def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+
+
+class FusedBlock(nn.Module):
+    """A block of a model that runs as one operator in eval mode. Use its subclasses.
+
+    Attributes:
+        backend: the backend asked for: a name, or ``"auto"``.
+    """
+
+    operator_name: ClassVar[str]
+    # Roles of convolutions, in the order the operator takes their weights. The BatchNorm after one has the role ``<role>_norm``.
+    _CONVS: ClassVar[tuple[str, ...]]
+    # Roles of GroupNorms, whose weights the operator takes before those of the convolutions, followed by eps.
+    _NORMS: ClassVar[tuple[str, ...]] = ()
+
+    backend: str
+
+    def _setup(
+        self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None
+    ) -> None:
+        self.backend = dispatch.check_name(backend)
+        # In a tuple, so that it is not a child: its children are this block's already.
+        self._original = (original,)
+        self._parts = {role: path for role, path in parts.items() if path is not None}
+        self._config = config
+        self._frozen = False
+        self._forget()
+        self._check_parts()
+        self._check_operator()
+        self._watch()
+        self.register_load_state_dict_post_hook(_after_load)
+        self._refresh()
+
+    @classmethod
+    def _adopt(
+        cls: type[BlockT], original: nn.Module, parts: dict[str, str | None], config: dict[str, Any], backend: str
+    ) -> BlockT:
+        kind = f"lowkernels.nn.{cls.__name__}: {type(original).__name__}"
+        if any(v is not None for v in (*original._parameters.values(), *original._buffers.values())):
+            raise InputError(f"{kind} has parameters or buffers of its own besides its children's")
+        hooked = [name or "the module itself" for name, m in original.named_modules() if has_hooks(m)]
+        if hooked:
+            raise InputError(f"{kind} has hooks that would not run, on {', '.join(hooked)}")
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block._modules.update(original._modules)
+        block.training = original.training
+        block._setup(parts, config, backend, original)
+        return block
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The module this block was made from; None if it was not made from one, or is frozen."""
+        return self._original[0]
+
+    @property
+    def operator(self) -> Operator:
+        """The operator this block runs in eval mode."""
+        return OPERATORS[self.operator_name]
+
+    @property
+    def last_call(self) -> tuple[Choice, int] | None:
+        """How the latest eager eval-mode forward was served: the dispatcher's choice, and the number of inputs copied to NHWC."""
+        return self._last_call
+
+    @property
+    def frozen(self) -> bool:
+        """Whether :func:`freeze` dropped the original weights."""
+        return self._frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: (N, C, H, W). In eval mode channels_last is read as it is, any other layout is copied once.
+
+        Returns:
+            The block's output; channels_last in eval mode.
+
+        Raises:
+            InputError: x does not fit the block.
+            BackendError: the backend asked for by name cannot serve x.
+        """
+        # A child left in train mode (BatchNorm, dropout) or watched by a hook must run itself.
+        if self.training or any([m.training for m in self._mode_sensitive]) or any(self._hooks_of_children):
+            return self._ordinary(x)
+        if torch.compiler.is_compiling():
+            weights, packed = self._traced_weights(x)
+            return self._call_operator(x, weights, packed)
+        weights, packed = self._eager_weights(x)
+        out = self._call_operator(x, weights, packed)
+        self.__dict__["_last_call"] = dispatch.last_call()
+        return out
+
+    def _call_operator(self, x: Tensor, weights: list[Tensor | None], packed: PackedWeights | None) -> Tensor:
+        tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
+        out: Tensor = self.operator.overload(*self._arguments(x, weights), tensors, packed_for, self._backend_argument())
+        return out
+
+    def _backend_argument(self) -> str | None:
+        return None if self.backend == dispatch.AUTO else self.backend
+
+    def _ordinary(self, x: Tensor) -> Tensor:
+        if self._frozen:
+            raise FrozenError(f"lowkernels.nn.{type(self).__name__}: was frozen, so it has no weights to train and no children")
+        original = self.original
+        out: Tensor = self._compose(x) if original is None else original.forward(x)
+        return out
+
+    def _compose(self, x: Tensor) -> Tensor:
+        """The ordinary path of a block that was not made from another module."""
+        raise NotImplementedError
+
+    def _arguments(self, x: Tensor, weights: list[Tensor | None]) -> tuple[Any, ...]:
+        """The operator's arguments without the dispatch ones, for :meth:`_folded_weights` or what is kept of them."""
+        raise NotImplementedError
+
+    def _part(self, role: str) -> Any:
+        path = self._parts.get(role)
+        return None if path is None else self.get_submodule(path)
+
+    def _wrong(self, role: str, problem: str) -> NoReturn:
+        raise InputError(f"lowkernels.nn.{type(self).__name__}: {role} ({self._parts.get(role)}): {problem}")
+
+    def _check_parts(self) -> None:
+        """Every part is exactly of the kind its role needs; what shapes cannot tell, the operator's own checks do not see."""
+        for role in self._CONVS:
+            if role not in self._parts:
+                self._wrong(role, "is missing")
+        for role in self._parts:
+            module = self._part(role)
+            if role in self._NORMS:
+                if not (isinstance(module, nn.GroupNorm) and module.num_groups == 1 and module.affine):
+                    self._wrong(role, f"is {module}; allowed is an affine nn.GroupNorm with one group")
+            elif role.endswith("_norm"):
+                if not (type(module) is nn.BatchNorm2d and module.track_running_stats):
+                    self._wrong(role, f"is {module}; allowed is an nn.BatchNorm2d with running statistics")
+            elif role == "up":
+                if not (type(module) is nn.ConvTranspose2d and module.output_padding == (0, 0) and module.padding == (1, 1)):
+                    self._wrong(role, f"is {module}; allowed is an nn.ConvTranspose2d with padding 1 and no output padding")
+            elif not (type(module) is nn.Conv2d and module.padding_mode == "zeros" and isinstance(module.padding, tuple)):
+                self._wrong(role, f"is {module}; allowed is an nn.Conv2d with explicit zero padding")
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                self._check_conv(role, module)
+
+    def _check_conv(self, role: str, conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+        groups = conv.in_channels if role == "dw" else 1
+        if conv.groups != groups:
+            self._wrong(role, f"has {conv.groups} groups; allowed is {groups}")
+        if conv.dilation != (1, 1):
+            self._wrong(role, f"has dilation {conv.dilation}; allowed is 1")
+        for name, value in (("stride", conv.stride), ("padding", conv.padding), ("kernel_size", conv.kernel_size)):
+            if value[0] != value[1]:
+                self._wrong(role, f"has {name} {value}; allowed are equal ones for height and width")
+        if conv.kernel_size == (1, 1) and role not in ("conv", "dw") and (conv.stride != (1, 1) or conv.padding != (0, 0)):
+            self._wrong(role, f"is a 1x1 convolution with stride {conv.stride} and padding {conv.padding}; allowed are 1 and 0")
+
+    def _check_operator(self) -> None:
+        """The operator accepts these weights: asked on meta tensors, so nothing is computed."""
+        weights = self._folded_weights(exact=False)
+        meta = [w if w is None else torch.empty_like(w, device="meta", dtype=torch.float32) for w in weights]
+        first = meta[2 * len(self._NORMS)]
+        assert first is not None
+        channels = first.shape[0] if self._CONVS[0] == "dw" else first.shape[1]
+        x = torch.empty(1, channels, 16, 16, device="meta")
+        self.operator.infer_shape(*self._arguments(x, meta))
+
+    def _watch(self) -> None:
+        """Note the children whose state decides between the operator and the ordinary path."""
+        children = [m for m in self.modules() if m is not self]
+        self._mode_sensitive = [m for m in children if not m._modules and not isinstance(m, _MODELESS)]
+        self._hooks_of_children = [d for m in children for d in hook_dicts(m)]
+
+    def _folded_weights(self, exact: bool) -> list[Tensor | None]:
+        """Two per role, GroupNorms first, as differentiable functions of the parameters."""
+        weights: list[Tensor | None] = []
+        for role in self._NORMS:
+            norm = self._part(role)
+            weights += [None, None] if norm is None else [norm.weight, norm.bias]
+        for role in self._CONVS:
+            weights += fold(self._part(role), self._part(f"{role}_norm"), exact)
+        return weights
+
+    def _live_weights(self, dtype: torch.dtype) -> list[Tensor | None]:
+        return [w if w is None else w.to(dtype) for w in self._folded_weights(exact=False)]
+
+    def _compute_dtype(self, device_type: str) -> torch.dtype:
+        weight: Tensor = self._part(self._CONVS[0]).weight
+        if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
+            return torch.get_autocast_dtype(device_type)
+        return weight.dtype
+
+    def _traced_weights(self, x: Tensor) -> tuple[list[Tensor | None], PackedWeights | None]:
+        # Version counters cannot be compared in a trace: it takes the weights kept at its start. See repack().
+        if not self._frozen:
+            dtype = self._compute_dtype(x.device.type)
+            needs_grad = torch.is_grad_enabled() and any([p.requires_grad for p in self.parameters()])
+            if self._kept_dtype != dtype or needs_grad:
+                return self._live_weights(dtype), None
+        return self._kept_weights(), self._kept_packs()
+
+    def _eager_weights(self, x: Tensor) -> tuple[list[Tensor | None], PackedWeights | None]:
+        if self._frozen:
+            return self._kept_weights(), self._kept_packs()
+        dtype = self._compute_dtype(x.device.type)
+        if type(x) not in _PLAIN_TENSORS:
+            # Fake tensors, functorch wrappers and the like must not leave traces in what is kept.
+            return self._live_weights(dtype), None
+        if self._stale(dtype):
+            if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
+                return self._live_weights(dtype), None
+            with _packing:
+                if self._stale(dtype):
+                    self._make_weights(dtype)
+        if torch.is_grad_enabled() and any([entry[2].requires_grad for entry in self._signature or ()]):
+            # The packed weights give the value; the live ones carry gradients back to the parameters.
+            return self._live_weights(dtype), self._kept_packs()
+        return self._kept_weights(), self._kept_packs()
+
+    def _kept_weights(self) -> list[Tensor | None]:
+        return [self._buffers[f"_folded_{i}"] for i in range(self._folded_count)]
+
+    def _kept_packs(self) -> PackedWeights | None:
+        if self._packed_for is None:
+            return None
+        return PackedWeights(self._packed_for, [self.get_buffer(f"_packed_{i}") for i in range(self._packed_count)])
+
+    def _sources(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Every tensor the folded weights depend on: the dict that holds it, its key there, itself."""
+        for path in self._parts.values():
+            module = self.get_submodule(path)
+            for place in (module._parameters, module._buffers):
+                for key, tensor in place.items():
+                    if tensor is not None and key != "num_batches_tracked":
+                        yield place, key, tensor
+
+    def _stale(self, dtype: torch.dtype) -> bool:
+        if self._kept_dtype != dtype or self._signature is None:
+            return True
+        for place, key, tensor, version, pointer in self._signature:
+            if place.get(key) is not tensor or tensor.data_ptr() != pointer:
+                return True
+            if version is not None and tensor._version != version:
+                return True
+        return False
+
+    def _make_weights(self, dtype: torch.dtype) -> None:
+        # Leaving inference mode turns gradients on, whatever they were.
+        with torch.inference_mode(False), torch.no_grad():
+            # Inference tensors count no versions.
+            self._signature = [
+                (place, key, t, None if t.is_inference() else t._version, t.data_ptr()) for place, key, t in self._sources()
+            ]
+            weights = [w if w is None else _nhwc_copy(w, dtype) for w in self._folded_weights(exact=True)]
+            self._folded_count = self._keep("folded", weights)
+            self._kept_dtype = dtype
+            self._make_packs()
+
+    def _make_packs(self) -> None:
+        weights = self.operator.weights(self._arguments(torch.empty(0), self._kept_weights()))
+        packed = self.operator.pack(*weights, backend=self._backend_argument())
+        self._packed_count = self._keep("packed", packed.tensors)
+        self._packed_for = packed.backend if packed.tensors else None
+
+    def _keep(self, kind: str, tensors: Any) -> int:
+        """Keep tensors as buffers; those of the same kind as before are written in place, so that captured graphs follow."""
+        names = [f"_{kind}_{i}" for i in range(len(tensors))]
+        for name in [n for n in self._buffers if n.startswith(f"_{kind}_") and n not in names]:
+            del self._buffers[name]
+        for name, tensor in zip(names, tensors, strict=True):
+            kept = self._buffers.get(name)
+            if (
+                kept is not None
+                and tensor is not None
+                and not kept.is_inference()
+                and (kept.shape, kept.stride(), kept.dtype, kept.device)
+                == (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            ):
+                kept.copy_(tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+        return len(tensors)
+
+    def _forget(self) -> None:
+        """Drop what is kept; the next use in eval mode makes it anew."""
+        self._keep("folded", ())
+        self._keep("packed", ())
+        self._folded_count = self._packed_count = 0
+        self._kept_dtype: torch.dtype | None = None
+        self._packed_for: str | None = None
+        self._signature: list[tuple[dict[str, Any], str, Tensor, int | None, int]] | None = None
+        self._last_call: tuple[Choice, int] | None = None
+
+    def _refresh(self) -> None:
+        """In eval mode, make the weights now if need be, so that a trace or a capture finds them."""
+        if self.training or self._frozen:
+            return
+        if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
+            return
+        dtype = self._part(self._CONVS[0]).weight.dtype
+        if self._stale(dtype):
+            with _packing:
+                self._make_weights(dtype)
+
+    def repack(self) -> None:
+        """Make the folded and packed weights from the parameters again, whatever the version counters say, in place."""
+        if self._frozen:
+            raise FrozenError(f"lowkernels.nn.{type(self).__name__}: was frozen, so there are no parameters to repack from")
+        self._watch()
+        if self.training:
+            self._forget()
+        else:
+            with _packing:
+                self._make_weights(self._kept_dtype or self._part(self._CONVS[0]).weight.dtype)
+
+    def freeze(self) -> None:
+        """Drop the original weights and every child; keep only what the operator reads. See :func:`lowkernels.freeze`."""
+        if self.training:
+            raise FrozenError(f"lowkernels.nn.{type(self).__name__}: is in train mode; call eval() before freezing")
+        if not self._frozen:
+            self._refresh()
+            self._frozen = True
+            self._original = (None,)
+            self._modules.clear()
+            self._parts = {}
+            self._signature = None
+            self._watch()
+
+    def train(self: BlockT, mode: bool = True) -> BlockT:
+        if mode and self._frozen:
+            raise FrozenError(f"lowkernels.nn.{type(self).__name__}: was frozen, so it cannot train")
+        super().train(mode)
+        if self.original is not None:
+            self.original.training = mode
+        if mode:
+            self._forget()
+        else:
+            self._refresh()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if not self._frozen:
+            self._forget()
+        super()._apply(fn, recurse)
+        if self._frozen:
+            kept = self._buffers[f"_folded_{2 * len(self._NORMS)}"]
+            assert kept is not None
+            self._kept_dtype = kept.dtype
+            self._make_packs()
+        else:
+            self._refresh()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if not self._frozen:
+            # What is kept can be made again, and refers to the tensors it was made from.
+            kept = {n for n in self._buffers if n.startswith(("_folded_", "_packed_"))}
+            state["_buffers"] = {n: b for n, b in self._buffers.items() if n not in kept}
+            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - kept
+            state.update(_folded_count=0, _packed_count=0, _kept_dtype=None, _packed_for=None, _signature=None)
+        for derived in ("_mode_sensitive", "_hooks_of_children"):
+            state.pop(derived)
+        state["_last_call"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch()
+        self._refresh()
+
+    def extra_repr(self) -> str:
+        config = ", ".join(f"{k}={v!r}" for k, v in self._config.items())
+        frozen = ", frozen" if self._frozen else ""
+        return f"operator={self.operator_name}, backend={self.backend!r}, {config}{frozen}"
+
+
+def _nhwc_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy that shares nothing with the parameters, in the layout PyTorch's own channels_last convolutions want."""
+    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=layout).copy_(weight)
+
+
+def _after_load(block: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(block, FusedBlock)
+    block._refresh()
+
+
+def repack(model: nn.Module) -> nn.Module:
+    """Make every block's folded and packed weights from the parameters again, in place.
+
+    Eager calls notice changed parameters by themselves. Call this after changes that leave no trace in version counters (writes
+    through ``.data`` or ``.detach()``, parameters made in inference mode, replaced children), and whenever parameters change under
+    a model that is already compiled, exported or captured in a CUDA graph.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FrozenError: the model was frozen.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, FusedBlock):
+            module.repack()
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Drop the original weights of every block, for deployment: only what the operators read stays in memory.
+
+    Afterwards the blocks have no parameters: ``state_dict()`` lacks theirs, and training, ``repack``, ``restore`` and loading a
+    checkpoint are no longer possible; those that would go wrong raise :class:`~lowkernels.errors.FrozenError`. Moving to another
+    device or dtype still works.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FrozenError: the model is in train mode.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, FusedBlock):
+            module.freeze()
+    return model
