@@ -66,8 +66,8 @@ class LowFormer(nn.Module):
             for i, width in enumerate(config.widths[1:])
         ]
 
-        num_blocks = sum(config.depths)
-        drop_paths = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])
+        # in float32, as timm: training runs with the same seed then drop alike
+        drop_paths = iter(torch.linspace(0.0, drop_path_rate, sum(config.depths), device="cpu").tolist())
         width = config.widths[0]
         self.stem = nn.Sequential(
             ConvLayer(in_chans, width, 3, stride=2),
@@ -83,8 +83,6 @@ class LowFormer(nn.Module):
         self.classifier: nn.Module = (
             nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         )
-        # timm initialises in a pass of its own after construction; the same order gives the same weights
-        # for a seed
         self.apply(_init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,12 +269,12 @@ def _recompute_contexts(
 @contextlib.contextmanager
 def _running_stats_untouched(block: nn.Module) -> Iterator[None]:
     """Keep BatchNorm's running statistics still in a recomputation: the first pass has counted the batch."""
-    # in eval mode the statistics are read, not written, and must stay in use
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

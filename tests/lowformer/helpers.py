@@ -49,9 +49,7 @@ def images(batch: int, height: int, width: int, seed: int = 0, dtype: torch.dtyp
 def golden_cases() -> list[tuple[str, str]]:
     """(model name, case) of every reference file."""
     return [
-        (name, path.stem.split("_", 1)[1])
-        for name in VARIANTS
-        for path in sorted(OFFICIAL.glob(f"{authors_name(name)}_*.npz"))
+        (name, path.stem.split("_", 1)[1]) for name in VARIANTS for path in sorted(OFFICIAL.glob(f"{authors_name(name)}_*.npz"))
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 import lowformer
 from lowformer.blocks import DropPath
@@ -53,7 +53,10 @@ def test_name_with_timms_tag() -> None:
     [
         ("lowformer_b9", "unknown model 'lowformer_b9': the models are lowformer_b0, .*, lowformer_e3"),
         ("", "unknown model ''"),
-        ("lowformer_b1.in22k", "unknown tag in 'lowformer_b1.in22k': lowformer_b1 has only lowformer_b1.in1k"),
+        (
+            "lowformer_b1.in22k",
+            "unknown tag in 'lowformer_b1.in22k': lowformer_b1 has only lowformer_b1.in1k",
+        ),
         ("lowformer_b2.in1k", "lowformer_b2 has only lowformer_b2.untrained"),
     ],
 )
@@ -125,7 +128,7 @@ def test_forward_intermediates(model: lowformer.LowFormer, x: Tensor) -> None:
     with torch.no_grad():
         last, maps = model.forward_intermediates(x)
         assert torch.equal(last, model.forward_features(x))
-        assert [tuple(m.shape) for m in maps] == [(2, c, -(-65 // s), -(-97 // s)) for c, s in zip(CHANNELS, STRIDES)]
+        assert [tuple(m.shape) for m in maps] == [(2, c, -(-65 // s), -(-97 // s)) for c, s in zip(CHANNELS, STRIDES, strict=True)]
         assert torch.equal(maps[-1], last)
 
         last_two = model.forward_intermediates(x, indices=2, intermediates_only=True)
@@ -140,9 +143,7 @@ def test_forward_intermediates(model: lowformer.LowFormer, x: Tensor) -> None:
 
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (2, 0), (-1,), 2])
 def test_features_only(model: lowformer.LowFormer, x: Tensor, out_indices: int | tuple[int, ...]) -> None:
-    backbone = lowformer.create_model(
-        "lowformer_b0", kernels="eager", features_only=True, out_indices=out_indices
-    )
+    backbone = lowformer.create_model("lowformer_b0", kernels="eager", features_only=True, out_indices=out_indices)
     backbone.double().eval()
     lowformer.load_checkpoint(backbone, model.state_dict())
     stages = [2, 3] if out_indices == 2 else [i % 4 for i in out_indices]  # type: ignore[union-attr]
@@ -199,7 +200,7 @@ def test_copy_and_pickle(model: lowformer.LowFormer, x: Tensor) -> None:
 def test_compiles_to_one_graph_for_all_batches(name: str) -> None:
     model = reference_model(name, "eager")
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3, 5):

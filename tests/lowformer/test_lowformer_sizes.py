@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -54,9 +55,8 @@ def parse_layer(channels: str, conv: str, rows: str, bias: str) -> Layer:
         return (c_in, c_out, 1, 1, 1, 1, 1, bias == "y")
     options = {part[0]: int(part[1:]) for part in conv.split()}
     rows_in, _, rows_out = rows.partition("→")
-    return (
-        c_in, c_out, options["k"], options["s"], options.get("g", 1), int(rows_in), int(rows_out or rows_in), bias == "y"
-    )  # fmt: skip
+    size = int(rows_in), int(rows_out or rows_in)
+    return (c_in, c_out, options["k"], options["s"], options.get("g", 1), *size, bias == "y")
 
 
 def layer_macs(layer: Layer) -> int:
@@ -109,11 +109,16 @@ def count_layers(name: str) -> tuple[Counter[Layer], int]:
     return layers, sum(layer_macs(layer) * count for layer, count in layers.items())
 
 
+@cache
+def shared_model(name: str, kernels: str) -> lowformer.LowFormer:
+    return reference_model(name, kernels)
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ["lowformer_b0", "lowformer_e1", "lowformer_e3"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 70), (33, 2), (31, 65), (96, 37)])
 def test_any_size(name: str, kernels: str, height: int, width: int) -> None:
-    model = reference_model(name, kernels)
+    model = shared_model(name, kernels)
     x = images(2, height, width)
     with torch.no_grad():
         logits = model(x)

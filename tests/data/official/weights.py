@@ -1,9 +1,9 @@
 """Deterministic weights for LowFormer state dicts in the authors' key layout.
 
-`state_dict(shapes)` maps `{key: shape}` to numpy float64 arrays. Every value depends only on its key and shape,
-so the same weights can be made anywhere without shipping them. Norm scales and running variances are positive;
-conv and linear weights are scaled by fan-in, and those that end a residual branch are smaller, so that
-activations keep an O(1) scale through the network as they do in a trained one.
+`state_dict(shapes)` maps `{key: shape}` to numpy float64 arrays. Every value depends only on its key and
+shape, so the same weights can be made anywhere without shipping them. Norm scales and running variances are
+positive; conv and linear weights are scaled by fan-in, and those that end a residual branch are smaller, so
+that activations keep an O(1) scale through the network as they do in a trained one.
 """
 
 import re
