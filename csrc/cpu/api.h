@@ -1,0 +1,109 @@
+// What the registration file and the kernels agree on: plain structs, no torch, no C++ library types.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace lowkernels {
+
+using i64 = std::int64_t;
+
+struct bf16 {
+    std::uint16_t bits;
+};
+
+enum Activation : int { NONE, RELU, RELU6, HARDSWISH, SILU, GELU, GELU_TANH };
+
+// A dense k x k convolution, packed in panels of output channels: [panel][k * k * in][panel width].
+// `winograd` is null, or the F(2x2, 3x3) transform of the same weights: [panel][16][in][panel width].
+// Biases are padded with zeros to whole panels.
+struct Conv {
+    const void* weight;
+    const float* winograd;
+    const float* bias;
+    i64 k, in, out;
+};
+
+// Depthwise: [k * k][padded channels], fp32.
+struct Depthwise {
+    const float* weight;
+    const float* bias;
+    i64 k, channels, padded;
+};
+
+struct Norm {
+    const float* weight;  // null: no normalisation
+    const float* bias;
+    double eps;
+};
+
+// NHWC images. Activations are of the call's dtype.
+struct Images {
+    const void* x;
+    void* out;
+    i64 n, h, w, h_out, w_out;
+};
+
+struct ConvAct {
+    Images images;
+    Conv conv;
+    const void* residual;  // of the output's shape before pooling, or null
+    i64 channels;          // of x; conv.in may be rounded up with zeros
+    int act;
+    i64 stride, padding;
+    bool pool;
+};
+
+// mbconv; and separable_conv, which has no expansion (expand.weight is null).
+struct InvertedResidual {
+    Images images;
+    Conv expand;
+    Depthwise depthwise;
+    Conv project;
+    int expand_act, depthwise_act, project_act;
+    i64 stride, padding;
+    bool residual;
+};
+
+struct FusedMBConv {
+    Images images;
+    Conv conv, project;
+    int act;
+    i64 stride, padding;
+    bool residual;
+};
+
+struct Lowtention {
+    Images images;
+    Norm norm;
+    Depthwise depthwise;
+    Conv qkv;
+    Conv up[4];  // stride 1: up[0], a 3x3 convolution; stride 2: 2x2 convolutions, one per output parity (y, x)
+    i64 heads, stride;
+    bool residual;
+};
+
+struct GnMlp {
+    Images images;
+    Norm norm;
+    Conv fc1, fc2;
+    int act;
+    bool residual;
+};
+
+struct Context {
+    int threads;
+    void* (*workspace)(std::size_t bytes);  // 64-byte aligned, valid until the calling thread asks again
+};
+
+// One instruction set's kernels for one activation dtype.
+struct Kernels {
+    void (*conv_act)(const ConvAct&, const Context&);
+    void (*inverted_residual)(const InvertedResidual&, const Context&);
+    void (*fused_mbconv)(const FusedMBConv&, const Context&);
+    void (*lowtention)(const Lowtention&, const Context&);
+    void (*gn_mlp)(const GnMlp&, const Context&);
+    int vector;        // floats in a vector; panels are two vectors wide, the last one may be one
+    bool bf16_weights; // products read bf16 pairs; otherwise fp32
+};
+
+}  // namespace lowkernels

@@ -1,0 +1,197 @@
+// Products with their epilogue: bias, activation, residual, rounding.
+#pragma once
+#include "team.h"
+#include "tile.h"
+
+namespace lowkernels::LOWKERNELS_ISA {
+
+// What rows of a product are made of: `runs` runs of `pixels` rows each; a run is `run` elements after the one before it.
+template <class A>
+struct Source {
+    Rows<A> first;
+    i64 run, runs, pixels;
+};
+
+// Where results go; the residual lies the same way. Only the first `columns` columns are written.
+template <class T>
+struct Target {
+    T* data;
+    const T* residual;
+    i64 pixel, run, columns;
+};
+
+template <int ACT, class T, class R>
+void finish(const float* c, i64 rows, int width, const float* bias, T* out, const R* residual, i64 pixel, i64 columns) {
+    for (i64 r = 0; r < rows; ++r) {
+        for (int v = 0; v < width; v += VL) {
+            V x = activate<ACT>(load(c + r * width + v) + load(bias + v));
+            T* to = out + r * pixel + v;
+            const R* add = residual ? residual + r * pixel + v : nullptr;
+            if (v + VL <= columns) {
+                if (add) x += load(add);
+                store(to, x);
+                continue;
+            }
+            float values[VL];
+            store(values, x);
+            for (int i = 0; i < columns - v; ++i) from_float(to + i, values[i] + (add ? to_float(add[i]) : 0.0f));
+        }
+    }
+}
+
+template <class T, class R>
+void finish(int act, const float* c, i64 rows, int width, const float* bias, T* out, const R* residual, i64 pixel, i64 columns) {
+    switch (act) {
+        case NONE: return finish<NONE>(c, rows, width, bias, out, residual, pixel, columns);
+        case RELU: return finish<RELU>(c, rows, width, bias, out, residual, pixel, columns);
+        case RELU6: return finish<RELU6>(c, rows, width, bias, out, residual, pixel, columns);
+        case HARDSWISH: return finish<HARDSWISH>(c, rows, width, bias, out, residual, pixel, columns);
+        case SILU: return finish<SILU>(c, rows, width, bias, out, residual, pixel, columns);
+        case GELU: return finish<GELU>(c, rows, width, bias, out, residual, pixel, columns);
+        case GELU_TANH: return finish<GELU_TANH>(c, rows, width, bias, out, residual, pixel, columns);
+    }
+}
+
+LK_INLINE i64 panels_of(i64 columns) { return divide_up(columns, NW); }
+LK_INLINE int panel_width(i64 columns, i64 panel) { return columns - panel * NW > VL ? NW : VL; }
+
+template <class A>
+LK_INLINE const A* panel_of(const Conv& conv, i64 panel) {
+    return static_cast<const A*>(conv.weight) + panel * NW * conv.k * conv.k * conv.in;
+}
+
+template <class A>
+LK_INLINE Prefetch prefetch_panel(const Conv& conv, i64 panel) {
+    if (panel < 0 || panel >= panels_of(conv.out)) return {nullptr, nullptr};
+    const A* p = panel_of<A>(conv, panel);
+    i64 bytes = panel_width(conv.out, panel) * conv.k * conv.k * conv.in * i64(sizeof(A));
+    return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p) + bytes};
+}
+
+// The tiles of a run, equally high.
+template <class A>
+LK_INLINE i64 tiles_of_run(const Source<A>& source) {
+    return divide_up(source.pixels, MR);
+}
+
+// Calls store(tile, rows, run, pixel) for the tiles [begin, end) of one panel of columns.
+template <class A, class F>
+LK_INLINE void panel_tiles(const Source<A>& source, const A* weight, int width, i64 begin, i64 end, Prefetch& prefetch, const F& use) {
+    alignas(64) float c[MR * NW];
+    const i64 per_run = tiles_of_run(source);
+    i64 run = begin / per_run, index = begin % per_run;
+    for (i64 tile = begin; tile < end; ++tile) {
+        i64 pixel = index * source.pixels / per_run;
+        i64 rows = (index + 1) * source.pixels / per_run - pixel;
+        Rows<A> a = source.first;
+        a.data += run * source.run + pixel * a.pixel;
+        multiply<A>(int(rows), width, a, weight, c, prefetch);
+        use(c, rows, run, pixel);
+        if (++index == per_run) index = 0, ++run;
+    }
+}
+
+// One panel of columns of the product, tiles [begin, end) of its rows.
+template <class A, class T>
+void panel_product(const Source<A>& source, const Conv& conv, int act, const Target<T>& target, i64 panel, i64 begin, i64 end,
+                   Prefetch prefetch) {
+    const int width = panel_width(conv.out, panel);
+    const i64 column = panel * NW;
+    const i64 columns = smaller(width, target.columns - column);
+    panel_tiles(source, panel_of<A>(conv, panel), width, begin, end, prefetch,
+                [&](const float* c, i64 rows, i64 run, i64 pixel) {
+                    i64 at = run * target.run + pixel * target.pixel + column;
+                    finish(act, c, rows, width, conv.bias + column, target.data + at,
+                           target.residual ? target.residual + at : nullptr, target.pixel, columns);
+                });
+}
+
+// How many groups of row tiles make enough units for the team, given the number of panels.
+LK_INLINE i64 groups_of(const Team& team, i64 panels, i64 tiles) {
+    return team.size == 1 ? 1 : smaller(tiles, divide_up(4 * team.size, panels));
+}
+
+// The whole product by the team. While it runs, `then`'s first panels are prefetched.
+template <class A, class T>
+void product(Team& team, const Source<A>& source, const Conv& conv, int act, const Target<T>& target, const Conv* then = nullptr) {
+    const i64 panels = panels_of(conv.out), tiles = tiles_of_run(source) * source.runs;
+    const i64 groups = groups_of(team, panels, tiles);
+    team.run(panels * groups, [&](i64 unit, i64 next) {
+        i64 panel = unit / groups, group = unit % groups;
+        Prefetch prefetch{nullptr, nullptr};
+        if (next >= 0) {
+            if (next / groups != panel) prefetch = prefetch_panel<A>(conv, next / groups);
+        } else if (then) {
+            prefetch = prefetch_panel<A>(*then, team.rank);
+        }
+        panel_product(source, conv, act, target, panel, group * tiles / groups, (group + 1) * tiles / groups, prefetch);
+    });
+}
+
+// `pixels` rows that follow one another, `stride` elements apart.
+template <class A>
+LK_INLINE Source<A> matrix(const A* data, i64 pixels, i64 stride, i64 depth) {
+    return {{data, stride, 0, 1, int(depth)}, 0, 1, pixels};
+}
+
+template <class A, class T>
+LK_INLINE void convert(A* to, const T* from, i64 count) {
+    i64 i = 0;
+    for (; i + VL <= count; i += VL) store(to + i, load(from + i));
+    for (; i < count; ++i) from_float(to + i, to_float(from[i]));
+}
+
+LK_INLINE void convert(float* to, const float* from, i64 count) { std::memcpy(to, from, count * sizeof(float)); }
+LK_INLINE void convert(bf16* to, const bf16* from, i64 count) { std::memcpy(to, from, count * sizeof(bf16)); }
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+// Pixels [left, left + count) of image row y, zero outside the image, with `to_channels` channels each.
+template <class A, class T>
+void padded_row(A* to, const T* image, i64 h, i64 w, i64 c, i64 y, i64 left, i64 count, i64 to_channels) {
+    if (y < 0 || y >= h) {
+        std::memset(to, 0, count * to_channels * sizeof(A));
+        return;
+    }
+    const i64 from = larger(left, 0), until = larger(smaller(left + count, w), from);
+    std::memset(to, 0, (from - left) * to_channels * sizeof(A));
+    A* inside = to + (from - left) * to_channels;
+    const T* row = image + (y * w + from) * c;
+    if (c == to_channels) {
+        convert(inside, row, (until - from) * c);
+    } else {
+        for (i64 i = 0; i < until - from; ++i) {
+            for (i64 j = 0; j < to_channels; ++j)
+                from_float(inside + i * to_channels + j, j < c ? to_float(row[i * c + j]) : 0.0f);
+        }
+    }
+    std::memset(inside + (until - from) * to_channels, 0, (left + count - until) * to_channels * sizeof(A));
+}
+
+// A k x k convolution's source: a window over rows of `row` elements, pixels of `channels`.
+template <class A>
+LK_INLINE Source<A> window(const A* data, i64 row, i64 channels, i64 k, i64 stride, i64 runs, i64 pixels) {
+    return {{data, stride * channels, row, int(k), int(k * channels)}, stride * row, runs, pixels};
+}
+
+// Blocks of rows an image is cut into, so that one block's `row_bytes` * rows stay within the cache; whole images where they fit.
+struct Blocks {
+    i64 count, rows, height;
+
+    Blocks(i64 height, i64 row_bytes, i64 budget, i64 images, i64 threads) : height(height) {
+        i64 wanted = divide_up(height, larger(1, smaller(height, budget / row_bytes)));
+        if (wanted > 1 && images < threads) wanted = smaller(height, round_up(wanted, threads));
+        rows = divide_up(height, wanted);
+        count = divide_up(height, rows);
+    }
+
+    i64 begin(i64 block) const { return block * rows; }
+    i64 end(i64 block) const { return smaller(height, (block + 1) * rows); }
+};
+
+constexpr i64 CACHE = 400 << 10;  // bytes of a core's L2 that one intermediate may fill
+
+}  // namespace lowkernels::LOWKERNELS_ISA

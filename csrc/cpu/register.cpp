@@ -1,0 +1,307 @@
+// lowkernels_cpu::*: checks what Python packed, chooses the instruction set, and calls the kernels. The only file that sees torch.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pthread.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+#define LK_DECLARE(isa)                 \
+    namespace isa {                     \
+    extern const Kernels* const fp32;   \
+    extern const Kernels* const half;   \
+    }
+
+namespace lowkernels {
+
+#if defined(__x86_64__)
+LK_DECLARE(avx2)
+LK_DECLARE(avx512)
+LK_DECLARE(avx512_bf16)
+#elif defined(__aarch64__)
+LK_DECLARE(neon)
+#endif
+
+namespace {
+
+struct Isa {
+    const char* name;
+    bool supported;
+    const Kernels *fp32, *half;
+};
+
+// Best first.
+const std::vector<Isa>& instruction_sets() {
+#if defined(__x86_64__)
+    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                               __builtin_cpu_supports("avx512cd");
+    static const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    static const std::vector<Isa> sets = {
+        {"avx512_bf16", avx512_bf16, avx512::fp32, avx512_bf16::half},
+        {"avx512", avx512, avx512::fp32, avx512::half},
+        {"avx2", avx2, avx2::fp32, avx2::half},
+    };
+#elif defined(__aarch64__)
+    static const std::vector<Isa> sets = {{"neon", true, neon::fp32, neon::half}};
+#else
+    static const std::vector<Isa> sets;
+#endif
+    return sets;
+}
+
+const Isa& chosen() {
+    static const Isa& isa = []() -> const Isa& {
+        const char* wanted = std::getenv("LOWKERNELS_CPU_ISA");
+        std::string allowed;
+        for (const Isa& isa : instruction_sets()) {
+            if (!isa.supported) continue;
+            if (!wanted || !*wanted || std::string(wanted) == isa.name) return isa;
+            allowed += allowed.empty() ? isa.name : std::string(", ") + isa.name;
+        }
+        TORCH_CHECK(false, "lowkernels: ", wanted && *wanted ? std::string("LOWKERNELS_CPU_ISA is '") + wanted + "'; this processor has " + allowed
+                                                             : std::string("this processor has no AVX2 with FMA"));
+    }();
+    return isa;
+}
+
+const Kernels& kernels(at::ScalarType dtype) {
+    TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "lowkernels_cpu: dtype is ", dtype, "; allowed are float32 and bfloat16");
+    return dtype == at::kFloat ? *chosen().fp32 : *chosen().half;
+}
+
+// Scratch memory is kept by each calling thread: a fresh allocation of a megabyte costs more in page faults than a small block takes.
+void* workspace(std::size_t bytes) {
+    thread_local std::unique_ptr<char, void (*)(void*)> memory(nullptr, std::free);
+    thread_local std::size_t size = 0;
+    if (bytes > size) {
+        memory.reset();
+        size = 0;
+        const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
+        memory.reset(static_cast<char*>(std::aligned_alloc(4096, rounded)));
+        TORCH_CHECK(memory != nullptr, "lowkernels_cpu: could not allocate ", rounded, " bytes of scratch memory");
+        size = rounded;
+    }
+    return memory.get();
+}
+
+// The threads of an OpenMP pool do not survive a fork, and entering a parallel region in the child can wait for them for ever.
+std::atomic<bool> forked{false};
+
+Context context(double multiplications) {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    (void)registered;
+    constexpr double worth_a_team = 1e5;
+    const bool alone = forked || at::in_parallel_region() || multiplications < worth_a_team;
+    return {alone ? 1 : at::get_num_threads(), workspace};
+}
+
+using Packed = at::TensorList;
+
+// Reads what lowkernels/cpu/pack.py made: tensors in order, the first one describing the layout.
+class Reader {
+public:
+    Reader(Packed packed, at::ScalarType dtype, std::size_t count) : packed_(packed), kernels_(kernels(dtype)) {
+        TORCH_CHECK(packed.size() == count, "lowkernels_cpu: packed has ", packed.size(), " tensors; allowed are ", count);
+        header_ = next<std::int64_t>(at::kLong);
+        TORCH_CHECK(header_[0] == kernels_.vector && header_[1] == kernels_.bf16_weights && header_[2] == static_cast<int>(dtype),
+                    "lowkernels_cpu: packed was made for vectors of ", header_[0], " floats, bf16 products ", header_[1], " and dtype ",
+                    header_[2], "; this call has ", kernels_.vector, ", ", kernels_.bf16_weights, " and ", static_cast<int>(dtype),
+                    ". Pack again on this machine for this dtype.");
+        at_ = 3;
+    }
+
+    const Kernels& kernels_for_dtype() const { return kernels_; }
+    i64 number() {
+        TORCH_CHECK(i64(at_) < packed_[0].numel(), "lowkernels_cpu: packed was made for another operator");
+        return header_[at_++];
+    }
+
+    Conv conv() {
+        Conv conv{};
+        conv.k = number(), conv.in = number(), conv.out = number();
+        const bool winograd = number() != 0;
+        const i64 elements = conv.k * conv.k * conv.in * columns(conv.out);
+        if (winograd)
+            conv.winograd = next<float>(at::kFloat, 16 * conv.in * columns(conv.out));
+        else if (kernels_.bf16_weights)
+            conv.weight = next<at::BFloat16>(at::kBFloat16, elements);
+        else
+            conv.weight = next<float>(at::kFloat, elements);
+        conv.bias = next<float>(at::kFloat, panels(conv.out));
+        return conv;
+    }
+
+    Depthwise depthwise() {
+        Depthwise conv{};
+        conv.k = number(), conv.channels = number(), conv.padded = panels(conv.channels);
+        conv.weight = next<float>(at::kFloat, conv.k * conv.k * conv.padded);
+        conv.bias = next<float>(at::kFloat, conv.padded);
+        return conv;
+    }
+
+    Norm norm(i64 channels, double eps) {
+        if (!number()) return {nullptr, nullptr, eps};
+        const float* weight = next<float>(at::kFloat, panels(channels));
+        return {weight, next<float>(at::kFloat, panels(channels)), eps};
+    }
+
+private:
+    i64 panels(i64 channels) const { return (channels + 2 * kernels_.vector - 1) / (2 * kernels_.vector) * 2 * kernels_.vector; }
+    i64 columns(i64 channels) const { return (channels + kernels_.vector - 1) / kernels_.vector * kernels_.vector; }
+
+    template <class T>
+    const T* next(at::ScalarType dtype, i64 elements = -1) {
+        const at::Tensor& t = packed_[index_];
+        TORCH_CHECK(t.device().is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && (elements < 0 || t.numel() == elements),
+                    "lowkernels_cpu: packed tensor ", index_, " is not what pack made: ", t.numel(), " elements of ", t.scalar_type(),
+                    "; expected ", elements, " of ", dtype);
+        ++index_;
+        return static_cast<const T*>(t.const_data_ptr());
+    }
+
+    Packed packed_;
+    const Kernels& kernels_;
+    const std::int64_t* header_ = nullptr;
+    std::size_t index_ = 0, at_ = 0;
+};
+
+void check_image(const at::Tensor& x, i64 channels) {
+    TORCH_CHECK(x.device().is_cpu() && x.dim() == 4 && x.size(1) == channels && x.is_contiguous(at::MemoryFormat::ChannelsLast),
+                "lowkernels_cpu: x is ", x.sizes(), "; allowed is (N, ", channels, ", H, W) on the CPU, NHWC in memory");
+}
+
+at::Tensor empty_image(const at::Tensor& x, i64 channels, i64 h, i64 w) {
+    return at::empty({x.size(0), channels, h, w}, x.options(), at::MemoryFormat::ChannelsLast);
+}
+
+Images images(const at::Tensor& x, const at::Tensor& out, i64 h_out, i64 w_out) {
+    return {x.const_data_ptr(), out.mutable_data_ptr(), x.size(0), x.size(2), x.size(3), h_out, w_out};
+}
+
+i64 extent(i64 size, i64 k, i64 stride, i64 padding) { return (size + 2 * padding - k) / stride + 1; }
+
+void check_residual(bool residual, const at::Tensor& x, const at::Tensor& out) {
+    TORCH_CHECK(!residual || x.sizes() == out.sizes(), "lowkernels_cpu: residual: the output ", out.sizes(), " has not the shape of x ", x.sizes());
+}
+
+at::Tensor conv_act(const at::Tensor& x, const std::optional<at::Tensor>& residual, Packed packed, i64 act, i64 stride, i64 padding, bool pool) {
+    Reader reader(packed, x.scalar_type(), 3);
+    const i64 channels = reader.number();
+    const Conv conv = reader.conv();
+    check_image(x, channels);
+    const i64 h = extent(x.size(2), conv.k, stride, padding), w = extent(x.size(3), conv.k, stride, padding);
+    at::Tensor out = pool ? at::empty({x.size(0), conv.out}, x.options()) : empty_image(x, conv.out, h, w);
+    if (residual) {
+        check_image(*residual, conv.out);
+        TORCH_CHECK(residual->size(0) == x.size(0) && residual->size(2) == h && residual->size(3) == w && residual->scalar_type() == x.scalar_type(),
+                    "lowkernels_cpu: residual is ", residual->sizes());
+    }
+    const ConvAct call{images(x, out, h, w), conv, residual ? residual->const_data_ptr() : nullptr, channels, int(act), stride, padding, pool};
+    reader.kernels_for_dtype().conv_act(call, context(double(x.size(0) * h * w) * double(conv.k * conv.k * conv.in * conv.out)));
+    return out;
+}
+
+at::Tensor inverted_residual(const at::Tensor& x, Packed packed, bool expands, i64 expand_act, i64 depthwise_act, i64 project_act,
+                             i64 stride, i64 padding, bool residual) {
+    Reader reader(packed, x.scalar_type(), expands ? 7 : 5);
+    InvertedResidual call{};
+    if (expands) call.expand = reader.conv();
+    call.depthwise = reader.depthwise();
+    call.project = reader.conv();
+    check_image(x, expands ? call.expand.in : call.depthwise.channels);
+    const i64 h = extent(x.size(2), call.depthwise.k, stride, padding), w = extent(x.size(3), call.depthwise.k, stride, padding);
+    at::Tensor out = empty_image(x, call.project.out, h, w);
+    check_residual(residual, x, out);
+    call.images = images(x, out, h, w);
+    call.expand_act = int(expand_act), call.depthwise_act = int(depthwise_act), call.project_act = int(project_act);
+    call.stride = stride, call.padding = padding, call.residual = residual;
+    const double work = double(x.size(0) * x.size(2) * x.size(3)) * double(call.depthwise.channels) * double(x.size(1));
+    reader.kernels_for_dtype().inverted_residual(call, context(work));
+    return out;
+}
+
+at::Tensor fused_mbconv(const at::Tensor& x, Packed packed, i64 act, i64 stride, i64 padding, bool residual) {
+    Reader reader(packed, x.scalar_type(), 5);
+    FusedMBConv call{};
+    call.conv = reader.conv();
+    call.project = reader.conv();
+    check_image(x, call.conv.in);
+    const i64 h = extent(x.size(2), call.conv.k, stride, padding), w = extent(x.size(3), call.conv.k, stride, padding);
+    at::Tensor out = empty_image(x, call.project.out, h, w);
+    check_residual(residual, x, out);
+    call.images = images(x, out, h, w);
+    call.act = int(act), call.stride = stride, call.padding = padding, call.residual = residual;
+    const double work = double(x.size(0) * h * w) * double(call.conv.k * call.conv.k * call.conv.in * call.conv.out);
+    reader.kernels_for_dtype().fused_mbconv(call, context(work));
+    return out;
+}
+
+at::Tensor lowtention(const at::Tensor& x, Packed packed, double eps, i64 heads, i64 stride, bool residual) {
+    const bool normed = packed.size() == (stride == 1 ? 9 : 15);
+    Reader reader(packed, x.scalar_type(), (stride == 1 ? 7 : 13) + (normed ? 2 : 0));
+    Lowtention call{};
+    call.norm = reader.norm(x.size(1), eps);
+    call.depthwise = reader.depthwise();
+    call.qkv = reader.conv();
+    for (int i = 0; i < (stride == 1 ? 1 : 4); ++i) call.up[i] = reader.conv();
+    check_image(x, call.depthwise.channels);
+    at::Tensor out = empty_image(x, call.up[0].out, x.size(2), x.size(3));
+    check_residual(residual, x, out);
+    call.images = images(x, out, x.size(2), x.size(3));
+    call.heads = heads, call.stride = stride, call.residual = residual;
+    const double work = double(x.size(0) * x.size(2) * x.size(3)) * double(call.up[0].in * call.up[0].out);
+    reader.kernels_for_dtype().lowtention(call, context(work));
+    return out;
+}
+
+at::Tensor gn_mlp(const at::Tensor& x, Packed packed, double eps, i64 act, bool residual) {
+    Reader reader(packed, x.scalar_type(), 7);
+    GnMlp call{};
+    call.norm = reader.norm(x.size(1), eps);
+    call.fc1 = reader.conv();
+    call.fc2 = reader.conv();
+    check_image(x, call.fc1.in);
+    at::Tensor out = empty_image(x, call.fc2.out, x.size(2), x.size(3));
+    check_residual(residual, x, out);
+    call.images = images(x, out, x.size(2), x.size(3));
+    call.act = int(act), call.residual = residual;
+    reader.kernels_for_dtype().gn_mlp(call, context(double(x.size(0) * x.size(2) * x.size(3)) * double(call.fc1.in * call.fc1.out)));
+    return out;
+}
+
+// The instruction set's name, and what packing depends on: floats in a vector, whether bf16 weights stay bf16.
+std::tuple<std::string, i64, bool> layout(bool half) {
+    const Kernels& k = kernels(half ? at::kBFloat16 : at::kFloat);
+    return {chosen().name, k.vector, k.bf16_weights};
+}
+
+}  // namespace
+}  // namespace lowkernels
+
+TORCH_LIBRARY(lowkernels_cpu, m) {
+    m.def("conv_act(Tensor x, Tensor? residual, Tensor[] packed, int act, int stride, int padding, bool pool) -> Tensor");
+    m.def(
+        "inverted_residual(Tensor x, Tensor[] packed, bool expands, int expand_act, int depthwise_act, int project_act, int stride, "
+        "int padding, bool residual) -> Tensor");
+    m.def("fused_mbconv(Tensor x, Tensor[] packed, int act, int stride, int padding, bool residual) -> Tensor");
+    m.def("lowtention(Tensor x, Tensor[] packed, float eps, int heads, int stride, bool residual) -> Tensor");
+    m.def("gn_mlp(Tensor x, Tensor[] packed, float eps, int act, bool residual) -> Tensor");
+    m.def("layout(bool half) -> (str, int, bool)", lowkernels::layout);
+}
+
+TORCH_LIBRARY_IMPL(lowkernels_cpu, CPU, m) {
+    m.impl("conv_act", lowkernels::conv_act);
+    m.impl("inverted_residual", lowkernels::inverted_residual);
+    m.impl("fused_mbconv", lowkernels::fused_mbconv);
+    m.impl("lowtention", lowkernels::lowtention);
+    m.impl("gn_mlp", lowkernels::gn_mlp);
+}

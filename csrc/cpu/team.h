@@ -1,0 +1,118 @@
+// One parallel region a call. Work comes in items (images, or blocks of rows of one); while there are at least as many items as
+// threads, each thread takes whole items; the rest are worked on by all threads together. How work is split never changes the order
+// of any sum, so results do not depend on the number of threads.
+#pragma once
+#include <omp.h>
+#include <sched.h>
+
+#include "simd.h"
+
+namespace lowkernels::LOWKERNELS_ISA {
+
+LK_INLINE void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+struct Shared {
+    alignas(64) i64 items = 0;
+    alignas(64) i64 units = 0;
+    alignas(64) int arrived = 0;
+    alignas(64) int generation = 0;
+};
+
+struct Team {
+    int size;
+    int rank;
+    Shared* shared;
+    char* item;  // scratch of the item at hand, seen by the whole team
+    char* own;   // scratch of this thread
+
+    // f(unit, next): `next` is the unit this thread will have after it, or -1, so that its data can be prefetched. Units are handed
+    // out one by one: a thread that shares its core takes fewer. Returns when all are done.
+    template <class F>
+    void run(i64 units, const F& f) {
+        if (size == 1) {
+            for (i64 unit = 0; unit < units; ++unit) f(unit, unit + 1 < units ? unit + 1 : -1);
+            return;
+        }
+        i64 unit = __atomic_fetch_add(&shared->units, 1, __ATOMIC_RELAXED);
+        while (unit < units) {
+            i64 next = __atomic_fetch_add(&shared->units, 1, __ATOMIC_RELAXED);
+            f(unit, next < units ? next : -1);
+            unit = next;
+        }
+        barrier();
+    }
+
+    void barrier() {
+        int generation = __atomic_load_n(&shared->generation, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&shared->arrived, 1, __ATOMIC_ACQ_REL) == size) {
+            shared->arrived = 0;
+            shared->units = 0;
+            __atomic_store_n(&shared->generation, generation + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        // Spin briefly, then let others run: the thread waited for may need this very core.
+        for (int spins = 0; __atomic_load_n(&shared->generation, __ATOMIC_ACQUIRE) == generation; ++spins) {
+            if (spins < 4000)
+                relax();
+            else
+                sched_yield();
+        }
+    }
+};
+
+// Hands out pieces of a scratch area; with a null base it only counts.
+struct Arena {
+    char* base;
+    i64 used = 0;
+
+    explicit Arena(char* base) : base(base) {}
+
+    template <class T>
+    T* take(i64 count) {
+        T* piece = reinterpret_cast<T*>(base + used);
+        used += round_up(count * i64(sizeof(T)), 64) + 64;
+        return piece;
+    }
+};
+
+// before(team), by all threads together, then work(team, item) for each item. `item_bytes` and `own_bytes` are the scratch of an
+// item and of a thread; `common` bytes, at team.shared_scratch, stay for the whole call.
+template <class Before, class Work>
+void parallel(const Context& context, i64 items, i64 common_bytes, i64 item_bytes, i64 own_bytes, const Before& before,
+              const Work& work) {
+    const i64 threads = context.threads;
+    common_bytes = round_up(common_bytes, 64) + 64;
+    item_bytes = round_up(item_bytes, 64) + 64;
+    own_bytes = round_up(own_bytes, 64) + 64;
+    char* common = static_cast<char*>(context.workspace(common_bytes + item_bytes + threads * (item_bytes + own_bytes)));
+    char* together = common + common_bytes;
+    char* alone = together + item_bytes;
+    Shared shared;
+    auto body = [&](int size, int rank) {
+        char* own = alone + rank * (item_bytes + own_bytes);
+        Team solo{1, rank, &shared, own + own_bytes, own};
+        Team team{size, rank, &shared, together, own};
+        before(size == 1 ? solo : team, common);
+        const i64 single = size == 1 ? items : items - items % size;
+        for (;;) {
+            i64 item = __atomic_fetch_add(&shared.items, 1, __ATOMIC_RELAXED);
+            if (item >= single) break;
+            work(solo, common, item);
+        }
+        for (i64 item = single; item < items; ++item) work(team, common, item);
+    };
+    if (threads == 1) {
+        body(1, 0);
+        return;
+    }
+#pragma omp parallel
+    body(omp_get_num_threads(), omp_get_thread_num());
+}
+
+}  // namespace lowkernels::LOWKERNELS_ISA

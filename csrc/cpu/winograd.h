@@ -1,0 +1,136 @@
+// Stride-1 3x3 convolutions by Winograd's F(2x2, 3x3): 16 products for every 2x2 outputs instead of 36. In fp32 only: its
+// intermediate values do not survive bf16. Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+// arXiv 1509.09308, section 4.1.
+#pragma once
+#include "product.h"
+
+namespace lowkernels::LOWKERNELS_ISA {
+
+// Output rows [y0, y1) of one image, in tiles of 2x2.
+struct WinogradBlock {
+    i64 h, w, padding;       // of the input
+    i64 y0, y1, w_out;
+    i64 channels;
+
+    i64 tile_rows() const { return divide_up(y1 - y0, 2); }
+    i64 tile_columns() const { return divide_up(w_out, 2); }
+    i64 tiles() const { return tile_rows() * tile_columns(); }
+    i64 pitch() const { return round_up(channels, VL) + VL; }
+
+    i64 transformed_floats() const { return 16 * tiles() * pitch(); }
+    i64 product_floats() const { return 16 * tiles() * NW; }
+};
+
+// B^T d B of one vector of channels of a 4x4 patch, written `plane` apart.
+LK_INLINE void transform_patch(const V (&d)[16], float* to, i64 plane) {
+    V t[16];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+        t[x] = d[x] - d[8 + x];
+        t[4 + x] = d[4 + x] + d[8 + x];
+        t[8 + x] = d[8 + x] - d[4 + x];
+        t[12 + x] = d[4 + x] - d[12 + x];
+    }
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+        const V* r = t + 4 * y;
+        store(to + (4 * y) * plane, r[0] - r[2]);
+        store(to + (4 * y + 1) * plane, r[1] + r[2]);
+        store(to + (4 * y + 2) * plane, r[2] - r[1]);
+        store(to + (4 * y + 3) * plane, r[1] - r[3]);
+    }
+}
+
+template <class T>
+void transform_input(const T* image, const WinogradBlock& block, i64 tile_row, float* to) {
+    const i64 c = block.channels, pitch = block.pitch(), plane = block.tiles() * pitch, columns = block.tile_columns();
+    const i64 top = block.y0 + 2 * tile_row - block.padding;
+    for (i64 column = 0; column < columns; ++column) {
+        const i64 left = 2 * column - block.padding;
+        const T* pixel[16];
+        for (int i = 0; i < 16; ++i) {
+            i64 y = top + i / 4, x = left + i % 4;
+            pixel[i] = y >= 0 && y < block.h && x >= 0 && x < block.w ? image + (y * block.w + x) * c : nullptr;
+        }
+        float* out = to + (tile_row * columns + column) * pitch;
+        i64 at = 0;
+        for (; at + VL <= c; at += VL) {
+            V d[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) d[i] = pixel[i] ? load(pixel[i] + at) : V{};
+            transform_patch(d, out + at, plane);
+        }
+        if (at < c) {
+            V d[16] = {};
+            for (int i = 0; i < 16; ++i) {
+                float values[VL] = {};
+                for (i64 j = at; pixel[i] && j < c; ++j) values[j - at] = to_float(pixel[i][j]);
+                d[i] = load(values);
+            }
+            transform_patch(d, out + at, plane);
+        }
+    }
+}
+
+// A^T m A of every tile of one panel, then bias, activation, residual.
+template <class T>
+void transform_output(const float* m, const WinogradBlock& block, const Conv& conv, int act, const Target<T>& target, i64 panel) {
+    const int width = panel_width(conv.out, panel);
+    const i64 column = panel * NW, columns = smaller(width, target.columns - column);
+    const i64 plane = block.tiles() * width, per_row = block.tile_columns(), height = block.y1 - block.y0;
+    alignas(64) float y[4 * NW];
+    for (i64 tile = 0; tile < block.tiles(); ++tile) {
+        const float* from = m + tile * width;
+        for (int v = 0; v < width; v += VL) {
+            V t[8];
+#pragma GCC unroll 4
+            for (int x = 0; x < 4; ++x) {
+                V a = load(from + x * plane + v), b = load(from + (4 + x) * plane + v);
+                V c = load(from + (8 + x) * plane + v), d = load(from + (12 + x) * plane + v);
+                t[x] = a + b + c;
+                t[4 + x] = b - c - d;
+            }
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; ++r) {
+                store(y + (2 * r) * width + v, t[4 * r] + t[4 * r + 1] + t[4 * r + 2]);
+                store(y + (2 * r + 1) * width + v, t[4 * r + 1] - t[4 * r + 2] - t[4 * r + 3]);
+            }
+        }
+        const i64 oy = tile / per_row * 2, ox = tile % per_row * 2;
+        for (i64 r = 0; r < 2 && oy + r < height; ++r) {
+            i64 at = (oy + r) * target.run + ox * target.pixel + column;
+            finish(act, y + 2 * r * width, smaller(2, block.w_out - ox), width, conv.bias + column, target.data + at,
+                   target.residual ? target.residual + at : nullptr, target.pixel, columns);
+        }
+    }
+}
+
+LK_INLINE const float* winograd_panel(const Conv& conv, i64 panel) { return conv.winograd + panel * NW * 16 * conv.in; }
+
+// The whole convolution of a block by the team. `transformed` is shared, `products` the thread's own.
+template <class T, class U>
+void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv& conv, int act, const Target<U>& target,
+              float* transformed, float* products) {
+    team.run(block.tile_rows(), [&](i64 row, i64) { transform_input(image, block, row, transformed); });
+    const i64 tiles = block.tiles(), pitch = block.pitch(), depth = conv.in;
+    team.run(panels_of(conv.out), [&](i64 panel, i64 next) {
+        const int width = panel_width(conv.out, panel);
+        const float* weight = winograd_panel(conv, panel);
+        const char* after = next >= 0 ? reinterpret_cast<const char*>(winograd_panel(conv, next)) : nullptr;
+        const i64 slab = depth * width;
+        for (int f = 0; f < 16; ++f) {
+            // The next slab of weights arrives while this one is used.
+            const char* ahead = f < 15 ? reinterpret_cast<const char*>(weight + (f + 1) * slab) : after;
+            Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(float)) : nullptr};
+            Source<float> source = matrix<float>(transformed + f * tiles * pitch, tiles, pitch, depth);
+            float* to = products + f * tiles * width;
+            panel_tiles(source, weight + f * slab, width, 0, tiles_of_run(source), prefetch,
+                        [&](const float* c, i64 rows, i64, i64 pixel) {
+                            std::memcpy(to + pixel * width, c, rows * width * sizeof(float));
+                        });
+        }
+        transform_output(products, block, conv, act, target, panel);
+    });
+}
+
+}  // namespace lowkernels::LOWKERNELS_ISA

@@ -1,0 +1,1 @@
+"""The native CPU kernels' Python side: building and loading the library (:mod:`.build`), laying out weights (:mod:`.pack`)."""

@@ -1,0 +1,251 @@
+"""Building and loading the C++ kernels of ``csrc/cpu``.
+
+They are compiled once for each version of the sources and of torch, with the user's g++, into a cache directory. That
+happens the first time an operator asks for them (about half a minute on two cores, announced by one line of the
+``lowkernels`` logger), never at import. ``python -m lowkernels.cpu.build`` does it ahead of time; with ``--output`` it
+puts the library into a folder, and this one (``lowkernels/cpu``) is looked into before the cache. Every instruction set
+of the machine's architecture is compiled; the best one is chosen when the library is loaded.
+
+Environment variables: ``LOWKERNELS_CACHE_DIR``, the directory of the cache (default: ``$XDG_CACHE_HOME/lowkernels`` or
+``~/.cache/lowkernels``); ``LOWKERNELS_JIT=0``, never compile, only use what is built; ``CXX``, the compiler (default: ``g++``);
+``LOWKERNELS_CPU_ISA``, one of :data:`INSTRUCTION_SETS` instead of the best one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+CACHE_VARIABLE = "LOWKERNELS_CACHE_DIR"
+JIT_VARIABLE = "LOWKERNELS_JIT"
+ISA_VARIABLE = "LOWKERNELS_CPU_ISA"
+
+# Flags of each instruction set, best last. g++ tunes skylake-avx512 for 256-bit vectors unless told otherwise.
+_AVX512 = ("-march=skylake-avx512", "-mprefer-vector-width=512")
+_X86 = {
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+}
+_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "AMD64": _X86, "aarch64": {"neon": ()}}
+INSTRUCTION_SETS: tuple[str, ...] = ("avx2", "avx512", "avx512_bf16", "neon")
+
+_COMMON_FLAGS = ("-std=c++20", "-fopenmp", "-fPIC", "-Wall", "-Wextra")
+_KERNEL_FLAGS = (*_COMMON_FLAGS, "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_TORCH_FLAGS = (*_COMMON_FLAGS, "-O2")
+_MINIMUM_GCC = 11
+
+_log = logging.getLogger("lowkernels")
+_lock = threading.Lock()
+# None: not tried yet; otherwise "" when loaded, or why it could not be.
+_outcome: str | None = None
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled."""
+
+
+def sources() -> Path:
+    """The folder of the C++ sources: in the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "csrc" / "cpu", package.parent / "csrc" / "cpu"):
+        if (folder / "kernels.cpp").is_file():
+            return folder
+    raise BuildError(f"the C++ sources are neither in {package} nor beside it")
+
+
+def compiler() -> str | None:
+    """The compiler's path, or None. Nothing is run."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lowkernels"
+
+
+def _abi() -> int:
+    return int(torch.compiled_with_cxx11_abi())
+
+
+@functools.cache
+def library_name() -> str:
+    """The library's file name: it holds a digest of the sources, the flags, torch's version and ABI, and the architecture."""
+    digest = hashlib.sha256()
+    for path in sorted(sources().iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    parts = (_FLAGS.get(platform.machine()), _KERNEL_FLAGS, _TORCH_FLAGS, torch.__version__, _abi(), platform.machine())
+    digest.update(repr(parts).encode())
+    return f"lowkernels_cpu-{digest.hexdigest()[:20]}.so"
+
+
+def built() -> Path | None:
+    """The library for these sources and this torch, if there is one."""
+    for folder in (Path(__file__).parent, cache_folder()):
+        path = folder / library_name()
+        if path.is_file():
+            return path
+    return None
+
+
+def _openmp() -> list[str]:
+    # torch's own OpenMP library by its path: a second one would bring a second pool of threads.
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return [str(own[0])] if own else ["-lgomp"]
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
+        raise BuildError(f"`{' '.join(command)}` failed:\n{tail}")
+
+
+def _check_compiler(path: str) -> None:
+    # clang brings an OpenMP runtime of its own, which must not meet torch's.
+    try:
+        macros = subprocess.run([path, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the compiler {path} does not run: {error}") from error
+    defined = dict(line.split(" ", 2)[1:] for line in macros.splitlines() if line.count(" ") >= 2)
+    version = defined.get("__GNUC__", "0")
+    if "__clang__" in defined or int(version) < _MINIMUM_GCC:
+        kind = "clang" if "__clang__" in defined else f"g++ {version}"
+        raise BuildError(f"the compiler {path} is {kind}; needed is g++ {_MINIMUM_GCC} or newer")
+
+
+def compile_library(output: Path) -> None:
+    """Compile the library to ``output``, replacing it at once when done.
+
+    Raises:
+        BuildError: no usable compiler, or it failed.
+    """
+    path = compiler()
+    if path is None:
+        raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++'} is not on PATH")
+    instruction_sets = _FLAGS.get(platform.machine())
+    if instruction_sets is None:
+        raise BuildError(f"there are no kernels for {platform.machine()} processors; there are for {', '.join(_FLAGS)}")
+    _check_compiler(path)
+    folder, torch_folder = sources(), Path(torch.__file__).parent
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as temporary:
+        objects, commands = [], []
+        includes = [f"-isystem{torch_folder / 'include'}", f"-isystem{torch_folder / 'include/torch/csrc/api/include'}"]
+        registration = [str(folder / "register.cpp"), *_TORCH_FLAGS, *includes, f"-D_GLIBCXX_USE_CXX11_ABI={_abi()}"]
+        kernels = [
+            [str(folder / "kernels.cpp"), *_KERNEL_FLAGS, *flags, f"-DLOWKERNELS_ISA={name}"]
+            for name, flags in instruction_sets.items()
+        ]
+        for index, arguments in enumerate([registration, *kernels]):
+            objects.append(f"{temporary}/{index}.o")
+            commands.append([path, "-c", *arguments, "-o", objects[-1]])
+        with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+            list(pool.map(_run, commands))
+        library = f"{temporary}/library.so"
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *_openmp()]
+        _run([path, "-shared", *objects, "-o", library, *libraries])
+        os.replace(library, output)
+
+
+def _build_once() -> Path:
+    """The library in the cache, built by whichever process comes first; the others wait for it."""
+    import fcntl  # not on every platform; those without it have no kernels either
+
+    path = cache_folder() / library_name()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            _log.warning(
+                "compiling the CPU kernels with %s into %s, once; about half a minute (%s=0 turns this off)",
+                compiler(),
+                path.parent,
+                JIT_VARIABLE,
+            )
+            start = time.monotonic()
+            compile_library(path)
+            _log.info("compiled the CPU kernels in %.0f s", time.monotonic() - start)
+    return path
+
+
+def unusable() -> str | None:
+    """Why the kernels cannot be used, as far as that can be said without compiling or loading anything, or None."""
+    if _outcome:
+        return _outcome
+    if _outcome == "":
+        return None
+    if sys.platform != "linux" or platform.machine() not in _FLAGS:
+        return f"the CPU kernels are for Linux on x86_64 and aarch64; this is {sys.platform} on {platform.machine()}"
+    if platform.machine() != "aarch64" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        return "this processor has no AVX2"
+    try:
+        if built() is None:
+            if os.environ.get(JIT_VARIABLE) == "0":
+                return f"the CPU kernels are not built, and {JIT_VARIABLE}=0 forbids building them (python -m lowkernels.cpu.build)"
+            if compiler() is None:
+                return f"the CPU kernels are not built, and there is no compiler: {os.environ.get('CXX') or 'g++'} is not on PATH"
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def load() -> str | None:
+    """Load the kernels, building them first if need be; why that failed, or None. The outcome is kept for the process."""
+    global _outcome
+    if _outcome is None:
+        with _lock:
+            if _outcome is None:
+                _outcome = unusable() or _load()
+    return _outcome or None
+
+
+def _load() -> str:
+    try:
+        torch.ops.load_library(str(built() or _build_once()))
+        torch.ops.lowkernels_cpu.layout(False)
+    except (BuildError, OSError, RuntimeError) as error:
+        return f"the CPU kernels could not be built or loaded: {error}"
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: build ahead of time."""
+    parser = argparse.ArgumentParser(prog="python -m lowkernels.cpu.build", description="Build the native CPU kernels.")
+    parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
+    folder = parser.parse_args(arguments).output
+    try:
+        if folder is None:
+            path = built() or _build_once()
+        else:
+            path = folder / library_name()
+            compile_library(path)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

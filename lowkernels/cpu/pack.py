@@ -1,0 +1,135 @@
+"""Laying out weights as ``csrc/cpu`` reads them.
+
+Products read their weights in panels of two vectors of output channels (the last panel may be one vector wide), each
+panel with all its depth one after the other: ``[panel][k * k * C_in][width]``. Where the processor multiplies bf16 pairs,
+two steps of depth lie together: ``[panel][depth / 2][width][2]``. The first tensor of a packed list is a header of
+integers; the C++ side checks it against the machine it runs on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.activations import ACTIVATIONS
+from . import build
+
+DTYPES = (torch.float32, torch.bfloat16)
+# The numbers of csrc/cpu/api.h, and of c10::ScalarType.
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_DTYPE_NUMBERS = {torch.float32: 6, torch.bfloat16: 15}
+# Below this many input channels the transforms of Winograd's algorithm cost more than its fewer multiplications save.
+_WINOGRAD_CHANNELS = 32
+
+
+class Layout(NamedTuple):
+    """What packing depends on.
+
+    Attributes:
+        isa: the instruction set in use.
+        vector: floats in a vector.
+        pairs: products read pairs of bf16; otherwise fp32.
+    """
+
+    isa: str
+    vector: int
+    pairs: bool
+
+
+@functools.cache
+def layout(dtype: torch.dtype) -> Layout:
+    """The layout for calls of ``dtype``; the kernels must be loaded."""
+    return Layout(*torch.ops.lowkernels_cpu.layout(dtype == torch.bfloat16))
+
+
+def unsupported(dtype: torch.dtype, **channels: int) -> str | None:
+    """Why weights of this dtype and these channel counts cannot be served, or None.
+
+    Loads the kernels, and builds them if need be.
+    """
+    if dtype not in DTYPES:
+        return f"the CPU kernels serve {' and '.join(str(d) for d in DTYPES)}, not {dtype}"
+    for name, count in channels.items():
+        if count % 4:
+            return f"{name} is {count}; the CPU kernels serve multiples of 4"
+    return build.load()
+
+
+class Packer:
+    """Collects the tensors and the header's numbers of one operator's weights."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._layout = layout(dtype)
+        self._header = [self._layout.vector, int(self._layout.pairs), _DTYPE_NUMBERS[dtype]]
+        self._tensors: list[Tensor] = []
+
+    def tensors(self) -> list[Tensor]:
+        """The packed list."""
+        return [torch.tensor(self._header), *self._tensors]
+
+    def number(self, value: int) -> None:
+        """Add a number to the header."""
+        self._header.append(value)
+
+    def conv(self, weight: Tensor, bias: Tensor | None, stride: int = 0) -> None:
+        """Add a dense convolution (O, I, k, k); with ``stride`` 1 its 3x3 form may be Winograd's."""
+        out_channels, in_channels, size, _ = weight.shape
+        # Pairs need an even depth.
+        padded = in_channels + (in_channels % 2 if self._layout.pairs else 0)
+        transformed = stride == 1 and size == 3 and not self._layout.pairs and in_channels >= _WINOGRAD_CHANNELS
+        self._header += [size, padded, out_channels, int(transformed)]
+        if transformed:
+            self._tensors.append(self._panels(_winograd(weight)))
+        else:
+            depth = F.pad(weight, (0, 0, 0, 0, 0, padded - in_channels)).permute(2, 3, 1, 0).reshape(1, -1, out_channels)
+            self._tensors.append(self._pairs(depth) if self._layout.pairs else self._panels(depth.float()))
+        self._vector(bias, out_channels)
+
+    def depthwise(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Add a depthwise convolution (C, 1, k, k): ``[k * k][C, padded]``."""
+        channels, _, size, _ = weight.shape
+        self._header += [size, channels]
+        columns = weight.float().reshape(channels, -1).t()
+        self._tensors.append(F.pad(columns, (0, self._padding(channels))).contiguous())
+        self._vector(bias, channels)
+
+    def norm(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Add a GroupNorm's weight and bias (C,), or that there is none."""
+        self._header.append(int(weight is not None))
+        if weight is not None:
+            self._vector(weight, weight.shape[0])
+            self._vector(bias, weight.shape[0])
+
+    def _padding(self, channels: int) -> int:
+        return -channels % (2 * self._layout.vector)
+
+    def _vector(self, values: Tensor | None, channels: int) -> None:
+        given = torch.zeros(channels) if values is None else values.float()
+        self._tensors.append(F.pad(given, (0, self._padding(channels))))
+
+    def _panels(self, depth: Tensor) -> Tensor:
+        # (groups, depth, columns[, 2]) -> [panel][group][depth][width][2]
+        vector = self._layout.vector
+        columns, width = depth.shape[2], 2 * vector
+        whole = columns // width
+        pieces = [depth[:, :, i * width : (i + 1) * width].reshape(-1) for i in range(whole)]
+        rest = depth[:, :, whole * width :]
+        if rest.shape[2]:
+            missing = -rest.shape[2] % vector
+            pieces.append(F.pad(rest, (0,) * (2 * (depth.dim() - 3)) + (0, missing)).reshape(-1))
+        return torch.cat(pieces)
+
+    def _pairs(self, depth: Tensor) -> Tensor:
+        _, length, columns = depth.shape
+        return self._panels(depth.reshape(1, length // 2, 2, columns).transpose(2, 3))
+
+
+def _winograd(weight: Tensor) -> Tensor:
+    """F(2x2, 3x3)'s transform G g G^T of (O, I, 3, 3), as (16, I, O) in fp32; computed in float64."""
+    g = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    transformed = torch.einsum("ay,oiyx,bx->abio", g, weight.double(), g)
+    return transformed.reshape(16, weight.shape[1], weight.shape[0]).float()
