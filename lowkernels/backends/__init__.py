@@ -15,10 +15,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
 
-# ``auto`` takes the first backend that can serve a call; eager serves everything, so it comes last.
-PRIORITY: tuple[str, ...] = ("eager",)
+# Whether Triton interprets kernels on the CPU instead of compiling them; like Triton itself, we look once.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+# ``auto`` takes the first backend that can serve a call. Eager serves everything, so what comes after it has to be asked for by
+# name: the interpreter is for tests, exact and very slow.
+PRIORITY: tuple[str, ...] = ("cpu", "eager", "triton") if INTERPRETING else ("triton", "cpu", "eager")
 
 
 @functools.cache

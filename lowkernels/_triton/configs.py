@@ -1,0 +1,90 @@
+"""Which tile sizes a kernel runs with: tables shipped beside this file, and a rule where they have no row.
+
+``tables/<operator>.json`` holds a list of rows::
+
+    {"arch": [90, 90], "dtype": ["float16", "bfloat16"], "when": {"columns": [129, 256]}, "config": {"BM": 128, ...}}
+
+A row serves a call if the compute capability lies in ``arch``, the dtype is listed and every feature named in ``when`` lies in its
+range (bounds included, null for none). The first such row counts. Features are what the operator describes a call by, in coarse
+terms: the batch size is only ever seen as the number of tiles it makes. No tuning happens at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES = Path(__file__).parent / "tables"
+
+
+class TableError(ValueError):
+    """A table is not what this module's documentation says."""
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """The rows of a table.
+
+    Raises:
+        TableError: with the reason.
+    """
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TableError(f"not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise TableError("not a list of rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or set(row) != {"arch", "dtype", "when", "config"}:
+            raise TableError(f"row {number} has not exactly the keys arch, dtype, when, config")
+        ranges = [row["arch"], *(row["when"].values() if isinstance(row["when"], dict) else [None])]
+        for bounds in ranges:
+            if not isinstance(bounds, list) or len(bounds) != 2 or not all(b is None or type(b) is int for b in bounds):
+                raise TableError(f"row {number}: {bounds!r} is not a range [low, high]")
+        if not isinstance(row["dtype"], list) or not isinstance(row["config"], dict):
+            raise TableError(f"row {number}: dtype is not a list, or config not an object")
+        for name, value in row["config"].items():
+            if type(value) is not int or value < 0:
+                raise TableError(f"row {number}: config {name} is {value!r}, not a non-negative integer")
+    return rows
+
+
+@functools.cache
+def table(operator: str) -> list[dict[str, Any]]:
+    """The shipped rows of ``operator``; none, with a warning, if its table cannot be read."""
+    path = TABLES / f"{operator}.json"
+    try:
+        return parse(path.read_text())
+    except (OSError, TableError) as error:
+        warnings.warn(f"lowkernels: {path} is ignored, kernels run with general settings: {error}", RuntimeWarning, stacklevel=2)
+        return []
+
+
+def _within(value: int, bounds: list[int | None]) -> bool:
+    low, high = bounds
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def serves(row: dict[str, Any], arch: int, dtype: str) -> bool:
+    """Whether a row is for an architecture and a dtype (``"float16"``)."""
+    return _within(arch, row["arch"]) and dtype in row["dtype"]
+
+
+def find(rows: list[dict[str, Any]], arch: int, dtype: str, features: dict[str, int]) -> int | None:
+    """Index of the row that serves a call, or None."""
+    for index, row in enumerate(rows):
+        inside = all(name in features and _within(features[name], bounds) for name, bounds in row["when"].items())
+        if inside and serves(row, arch, dtype):
+            return index
+    return None
+
+
+def choose(operator: str, arch: int, dtype: torch.dtype, *, fallback: dict[str, int], **features: int) -> dict[str, int]:
+    """The configuration of a call: the fields of ``fallback``, with those of the table's row, if one serves it, instead."""
+    rows = table(operator)
+    index = find(rows, arch, str(dtype).removeprefix("torch."), features)
+    return fallback if index is None else {**fallback, **rows[index]["config"]}

@@ -1,0 +1,61 @@
+"""Triton kernels: NVIDIA GPUs of compute capability 8.0 and up; CPU tensors only in Triton's interpreter.
+
+The interpreter (``TRITON_INTERPRET=1`` in the environment before lowkernels is imported) is for tests: it is exact and very slow,
+so ``auto`` does not choose it. Ask for it with ``backend="triton"``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import INTERPRETING
+
+NAME = "triton"
+KERNEL = "triton"
+
+MINIMUM_ARCH = (8, 0)
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    return None
+
+
+@functools.cache
+def _unavailable_cuda() -> str | None:
+    if _missing() is not None:
+        return _missing()
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if (major, minor) < MINIMUM_ARCH:
+        return f"a GPU here has compute capability {major}.{minor}; its kernels need {MINIMUM_ARCH[0]}.{MINIMUM_ARCH[1]} or more"
+    return None
+
+
+def unavailable(device_type: str) -> str | None:
+    if device_type == "cuda":
+        return "its interpreter (TRITON_INTERPRET=1) serves CPU tensors only" if INTERPRETING else _unavailable_cuda()
+    if device_type != "cpu":
+        return f"it has no kernels for {device_type} tensors"
+    if not INTERPRETING:
+        return "it serves CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1 before lowkernels is imported)"
+    return _missing()
+
+
+def describe() -> str:
+    try:
+        name = f"triton {version('triton')}"
+    except PackageNotFoundError:
+        return "triton is not installed"
+    if INTERPRETING:
+        return f"{name}, interpreting kernels on the CPU (TRITON_INTERPRET is set): for tests"
+    return f"{name}; {_unavailable_cuda() or 'GPU kernels'}"

@@ -1,0 +1,69 @@
+"""fused_mbconv in Triton: one launch of ``expand_project``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..._triton import expand_project, launch, packing
+from ..._triton.launch import Launch
+
+
+def unsupported_weights(
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+) -> str | None:
+    expanded, channels = conv_weight.shape[:2]
+    return launch.unsupported_dtype(conv_weight) or launch.unsupported_channels(
+        C_in=channels, E=expanded, C_out=project_weight.shape[0]
+    )
+
+
+def unsupported_input(x: Tensor, *_: object) -> str | None:
+    return launch.unsupported_size(x)
+
+
+def pack(
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    *_: object,
+) -> list[Tensor]:
+    expanded, out_channels = conv_weight.shape[0], project_weight.shape[0]
+    return [
+        packing.window(conv_weight),
+        packing.vector(conv_bias, conv_weight, expanded),
+        packing.pointwise(project_weight),
+        packing.vector(project_bias, project_weight, out_channels),
+    ]
+
+
+def plan(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+    packed: list[Tensor],
+) -> tuple[Tensor, list[Launch]]:
+    """The output, still unwritten, and the launch that writes it."""
+    out_channels, size = project_weight.shape[0], conv_weight.shape[2]
+    return expand_project.plan(
+        "fused_mbconv", x, packed, None, out_channels, act, size, stride, padding, residual, eps=0.0
+    )
+
+
+def forward(x: Tensor, *args: Any) -> Tensor:
+    return launch.forward(plan, pack, x, *args)

@@ -1,0 +1,270 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""mbconv in Triton: one persistent launch; expanded channels pass through a small scratch that stays in the L2 cache.
+
+A program owns a tile: TH x TW output pixels of one image, or NI whole small images. For each chunk of CE expanded channels it
+expands the patch of input under the tile into its scratch, meets its own threads at a barrier, and accumulates the projection of
+the depthwise result, which is made in registers from shifted loads of the scratch. Programs loop over tiles, so there is one
+scratch for each program that runs at a time, not for each tile.
+
+The scratch is written and read by one program with a CTA barrier in between. Triton's interpreter runs a program as one thread, so
+it cannot show a missing barrier here: only a GPU can.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._triton import configs, launch, packing
+from ..._triton.device import activate, depthwise, load_vector, load_weight, load_window, store_rows, window_steps
+from ..._triton.launch import Launch, block, ceil_div, column_groups, dividing_block
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "TH", "TW", "PH", "PW", "NI", "tiles_y", "tiles_x", "tiles"])
+def mbconv(
+    x, w1, b1, wd, bd, w2, w2_tail, b2, scratch, out, N, H, W, HO, WO, TH, TW, PH, PW, NI, tiles_y, tiles_x, tiles,
+    C: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CO: tl.constexpr, COLUMNS: tl.constexpr, KS: tl.constexpr,
+    STRIDE: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, CE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+):  # fmt: skip
+    """x [N, H, W, C]; w1 [K, E]; b1 [E]; wd [KS * KS, E]; bd [E]; w2 [E, COLUMNS]; b2 [COLUMNS]; out [N, HO, WO, CO].
+
+    ``scratch`` is [programs, NI * PH * PW, CE]. A tile is TH x TW outputs of each of NI images, its patch PH x PW inputs. Program
+    ids: (slot of the persistent grid, pass over output columns).
+    """
+    slot = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    column = tl.program_id(1) * N1
+    patch = PH * PW
+    h = scratch + slot.to(tl.int64) * (NI * patch * CE)
+    STEPS: tl.constexpr = window_steps(C, 1, BK, FLAT)
+
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
+        group = tile // (tiles_y * tiles_x)
+        place = tile % (tiles_y * tiles_x)
+        y0 = (place // tiles_x) * TH
+        x0 = (place % tiles_x) * TW
+        # The patch is moved inside of the image where the window sticks out.
+        iy0 = tl.minimum(tl.maximum(y0 * STRIDE - PAD, 0), H - PH)
+        ix0 = tl.minimum(tl.maximum(x0 * STRIDE - PAD, 0), W - PW)
+
+        row = tl.arange(0, BM)
+        number = row // (TH * TW)
+        pixel = row % (TH * TW)
+        image = group.to(tl.int64) * NI + number
+        oy = y0 + pixel // TW
+        ox = x0 + pixel % TW
+        ok = (number < NI) & (image < N) & (oy < HO) & (ox < WO)
+        iy = oy * STRIDE - PAD
+        ix = ox * STRIDE - PAD
+        origin = (number * patch + (iy - iy0) * PW + (ix - ix0)) * CE
+
+        y1 = tl.zeros([BM, N1], tl.float32)
+        if N2 > 0:
+            y2 = tl.zeros([BM, N2], tl.float32)
+        for chunk in tl.range(0, E, CE, num_stages=1):
+            width = tl.minimum(E - chunk, CE)
+            # The scratch still holds the previous chunk, which other threads may be reading.
+            tl.debug_barrier()
+            for p in tl.range(0, NI * patch, BP, num_stages=1):
+                at = p + tl.arange(0, BP)
+                source = group.to(tl.int64) * NI + at // patch
+                place_in = at % patch
+                live = (at < NI * patch) & (source < N)
+                pixel_in = (source * H + iy0 + place_in // PW) * W + ix0 + place_in % PW
+                for e in tl.range(0, width, BE, num_stages=1):
+                    acc = tl.zeros([BP, BE], tl.float32)
+                    for step in tl.range(0, STEPS):
+                        a = load_window(x, pixel_in * C, at, at, live, step, H, W, C, 1, 0, BK, FLAT)
+                        w = load_weight(w1, step * BK, chunk + e, K, E, BK, BE, TMA)
+                        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+                    acc = activate(acc + load_vector(b1, chunk + e, E, BE)[None, :], ACT)
+                    to = h + (at[:, None] * CE + (e + tl.arange(0, BE))[None, :])
+                    tl.store(to, acc.to(scratch.dtype.element_ty), mask=live[:, None])
+            tl.debug_barrier()
+            # One stage: software pipelining would keep every tap's block in shared memory.
+            for e in tl.range(0, width, BD, num_stages=1):
+                columns = tl.arange(0, BD)
+                y = depthwise(h + e, wd + chunk + e, origin, iy, ix, ok, columns, columns < E - chunk - e, None, None, H, W, PW,
+                              CE, E, KS, False, BM, BD)  # fmt: skip
+                y = activate(y + load_vector(bd, chunk + e, E, BD)[None, :], ACT).to(x.dtype.element_ty)
+                w = load_weight(w2, chunk + e, column, E, COLUMNS, BD, N1, TMA)
+                y1 = tl.dot(y, w, y1, input_precision=PRECISION)
+                if N2 > 0:
+                    if TMA:
+                        w = w2_tail.load([chunk + e, column + N1])
+                    else:
+                        w = load_weight(w2, chunk + e, column + N1, E, COLUMNS, BD, N2, False)
+                    y2 = tl.dot(y, w, y2, input_precision=PRECISION)
+
+        offset = ((image * HO + oy) * WO + ox) * CO
+        store_rows(out, y1, b2, x, offset, ok, column, CO, COLUMNS, "none", RESIDUAL, N1)
+        if N2 > 0:
+            store_rows(out, y2, b2, x, offset, ok, column + N1, CO, COLUMNS, "none", RESIDUAL, N2)
+
+
+class Tiling(NamedTuple):
+    """How output pixels are divided: TH x TW pixels of NI images a tile, over patches of PH x PW input pixels."""
+
+    images: int
+    height: int
+    width: int
+    patch_height: int
+    patch_width: int
+    tiles_y: int
+    tiles_x: int
+
+
+def tiling(
+    batch: int, size: tuple[int, int], out_size: tuple[int, int], kernel_size: int, stride: int, rows: int, patch_rows: int
+) -> Tiling:
+    """The tiles of at most ``rows`` outputs that make the least rows of products, counting patches in blocks of ``patch_rows``."""
+    (height, width), (out_height, out_width) = size, out_size
+
+    def patch(tile: int, image: int) -> int:
+        return min((tile - 1) * stride + kernel_size, image)
+
+    if out_height * out_width <= rows:
+        images = max(1, min(batch, rows // (out_height * out_width)))
+        return Tiling(images, out_height, out_width, patch(out_height, height), patch(out_width, width), 1, 1)
+    best: tuple[int, Tiling] | None = None
+    for tiles_x in range(ceil_div(out_width, rows), out_width + 1):
+        tile_width = ceil_div(out_width, tiles_x)
+        tiles_y = ceil_div(out_height, min(out_height, rows // tile_width))
+        tile_height = ceil_div(out_height, tiles_y)
+        tiles_x = ceil_div(out_width, tile_width)
+        found = Tiling(
+            1, tile_height, tile_width, patch(tile_height, height), patch(tile_width, width),
+            ceil_div(out_height, tile_height), tiles_x,
+        )  # fmt: skip
+        blocks = ceil_div(found.patch_height * found.patch_width, patch_rows)
+        cost = found.tiles_y * found.tiles_x * (rows + blocks * patch_rows)
+        if best is None or cost < best[0]:
+            best = cost, found
+    assert best is not None
+    return best[1]
+
+
+def unsupported_weights(
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+) -> str | None:
+    expanded, channels = expand_weight.shape[:2]
+    return launch.unsupported_dtype(expand_weight) or launch.unsupported_channels(
+        C_in=channels, E=expanded, C_out=project_weight.shape[0]
+    )
+
+
+def unsupported_input(x: Tensor, *_: object) -> str | None:
+    return launch.unsupported_size(x)
+
+
+def pack(
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    *_: object,
+) -> list[Tensor]:
+    expanded, out_channels = expand_weight.shape[0], project_weight.shape[0]
+    return [
+        packing.pointwise(expand_weight),
+        packing.vector(expand_bias, expand_weight, expanded),
+        packing.depthwise(dw_weight),
+        packing.vector(dw_bias, dw_weight, expanded),
+        packing.pointwise(project_weight),
+        packing.vector(project_bias, project_weight, out_channels),
+    ]
+
+
+def plan(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+    packed: list[Tensor],
+) -> tuple[Tensor, list[Launch]]:
+    """The output, still unwritten, and the launch that writes it."""
+    w1, b1, wd, bd, w2, b2 = packed
+    batch, channels, height, width = x.shape
+    out_channels, size = project_weight.shape[0], dw_weight.shape[2]
+    out_height, out_width = ((n + 2 * padding - size) // stride + 1 for n in (height, width))
+    out = launch.empty_nhwc(x, (batch, out_channels, out_height, out_width))
+
+    target = launch.target(x)
+    config = configs.choose(
+        "mbconv",
+        target.arch,
+        x.dtype,
+        fallback={"BM": 64, "BP": 64, "BE": 64, "BK": 32, "BD": 32, "CE": 256, "LIMIT": 256, "TMA": 0, "PER_SM": 1}
+        | {"num_warps": 8, "num_stages": 2},
+        channels=channels,
+        columns=out_channels,
+        waves=ceil_div(batch * out_height * out_width, 64) // target.processors,
+    )
+    bm, bp = config["BM"], config["BP"]
+    cut = tiling(batch, (height, width), (out_height, out_width), size, stride, bm, bp)
+    tiles = ceil_div(batch, cut.images) * cut.tiles_y * cut.tiles_x
+    flat = channels % 32 != 0
+    bk = block(config["BK"], w1.shape[0]) if flat else dividing_block(config["BK"], channels)
+    be = block(config["BE"], w1.shape[1])
+    bd_block = block(config["BD"], w1.shape[1])
+    chunk = min(config["CE"], max(be, launch.power_of_two_above(w1.shape[1])))
+    passes, first, second = column_groups(w2.shape[1], config["LIMIT"])
+    tma = bool(config["TMA"])
+    programs = min(tiles, target.processors * config["PER_SM"])
+    # The expanded tensor is not rounded to bfloat16 before the depthwise convolution.
+    kept = torch.float16 if x.dtype == torch.float16 else torch.float32
+    patch = cut.images * cut.patch_height * cut.patch_width
+    scratch = torch.empty((programs * passes, patch, chunk), dtype=kept, device=x.device)
+    return out, [
+        Launch(
+            mbconv,
+            (programs, passes, 1),
+            (
+                x,
+                launch.descriptor(w1, bk, be, tma),
+                b1,
+                wd,
+                bd,
+                launch.descriptor(w2, bd_block, first, tma),
+                launch.descriptor(w2, bd_block, second, tma) if second and tma else None,
+                b2,
+                scratch,
+                out,
+                *(batch, height, width, out_height, out_width, cut.height, cut.width, cut.patch_height, cut.patch_width),
+                *(cut.images, cut.tiles_y, cut.tiles_x, tiles),
+            ),
+            {
+                **{"C": channels, "K": w1.shape[0], "E": w1.shape[1], "CO": out_channels, "COLUMNS": w2.shape[1]},
+                **{"KS": size, "STRIDE": stride, "PAD": padding, "ACT": act, "RESIDUAL": residual, "FLAT": flat},
+                **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma, "BM": bm, "BP": bp, "BE": be, "BK": bk},
+                **{"BD": bd_block, "CE": chunk, "N1": first, "N2": second},
+            },
+            config["num_warps"],
+            config["num_stages"],
+        )
+    ]
+
+
+def forward(x: Tensor, *args: Any) -> Tensor:
+    return launch.forward(plan, pack, x, *args)

@@ -1,0 +1,133 @@
+"""Every operator, on the CPU, in Triton's interpreter: results, determinism, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import lowformer
+import lowkernels
+from lowkernels._triton import configs, expand_project
+from lowkernels._triton.launch import Target, planning_for
+from lowkernels.ops import OPERATORS
+from lowkernels.testing import assert_within_budget, check_call, random_call
+from tests.triton.cases import CASES, call
+
+DTYPES = [torch.float32, torch.float16]
+NUMBERED = [(operator, number) for operator in CASES for number in range(len(CASES[operator]))]
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_shows() -> Iterator[None]:
+    """Allocations are filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
+@pytest.mark.parametrize(("operator", "number"), NUMBERED)
+def test_case(operator: str, number: int, dtype: torch.dtype) -> None:
+    check_call(*call(operator, number, dtype), backend="triton")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("operator", list(CASES))
+def test_every_shipped_configuration(operator: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tile sizes decide masks and loop counts, so each is run once, whatever shape its row is meant for."""
+    rows = [row["config"] for row in configs.table(operator) if configs.serves(row, arch, "float16")]
+    number = {"lowtention": 1, "gn_mlp": 1}.get(operator, 0)
+    for config in rows:
+        monkeypatch.setattr(configs, "choose", lambda *_, fallback, _config=config, **__: {**fallback, **_config})
+        for case in (number, len(CASES[operator]) - 2):
+            with planning_for(Target(arch, 4)):
+                check_call(*call(operator, case, torch.float16), backend="triton")
+
+
+@pytest.mark.parametrize("operator", list(CASES))
+def test_packs_on_the_spot(operator: str) -> None:
+    check_call(*call(operator, 0, torch.float32), backend="triton", packed=False)
+
+
+@pytest.mark.parametrize("operator", list(CASES))
+def test_same_bits_every_run(operator: str) -> None:
+    made = call(operator, 0, torch.float16)
+    first, second = (check_call(*made, backend="triton") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_statistics_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the image is shorter than the number of pieces, and not a multiple of them."""
+    monkeypatch.setattr(expand_project, "INLINE_STATISTICS", 0)
+    for height, width in ((1, 1), (1, 3), (5, 7), (16, 16)):
+        check_call(*random_call("gn_mlp", batch=3, channels=12, height=height, width=width), backend="triton")
+
+
+def test_small_norm_weights_survive_folding_in_half_precision() -> None:
+    made = random_call("gn_mlp", channels=32, dtype=torch.float16)
+    x, norm_weight, norm_bias, *rest = made.args
+    check_call("gn_mlp", (x, norm_weight * 1e-4, norm_bias * 1e-4, *rest), backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
+def test_constant_image(dtype: torch.dtype) -> None:
+    """No variance: what is left of the input is the error of its mean, times 1 / sqrt(eps)."""
+    x, *rest = random_call("gn_mlp", channels=32, dtype=dtype, residual=False).args
+    check_call("gn_mlp", (torch.full_like(x, 3.0), *rest), backend="triton")
+
+
+@pytest.mark.parametrize("act", lowkernels.ops.ACTIVATIONS)
+def test_activation(act: str) -> None:
+    made = random_call("conv_act", channels=16, kernel_size=1, act=act, residual=False)
+    x, *rest = made.args
+    check_call("conv_act", (8 * x, *rest), backend="triton")
+
+
+def test_nan_stays_nan() -> None:
+    for act in lowkernels.ops.ACTIVATIONS:
+        x, *rest = random_call("conv_act", channels=16, kernel_size=1, act=act, residual=False).args
+        x[0, 3, 2, 1] = float("nan")
+        out = OPERATORS["conv_act"].overload(x, *rest, None, None, "triton")
+        assert out[0, :, 2, 1].isnan().all(), act
+        assert out.isnan().sum() == out.shape[1], act
+
+
+def _refusal(operator: str, **options: Any) -> str:
+    made = random_call(operator, **options)
+    with pytest.raises(lowkernels.BackendError) as caught:
+        OPERATORS[operator].overload(*made.args, None, None, "triton")
+    return str(caught.value)
+
+
+def test_refusals_name_the_reason() -> None:
+    assert "bfloat16" in _refusal("mbconv", dtype=torch.bfloat16)
+    assert "float64" in _refusal("gn_mlp", dtype=torch.float64)
+    assert "multiples of 4" in _refusal("separable_conv", channels=6)
+    assert "head dimension is 132" in _refusal("lowtention", channels=8, num_heads=1, head_dim=132)
+
+
+def test_auto_does_not_choose_the_interpreter() -> None:
+    assert OPERATORS["mbconv"].explain(*random_call("mbconv").args).backend == "eager"
+
+
+def test_empty_batch() -> None:
+    made = random_call("mbconv", batch=0)
+    assert OPERATORS["mbconv"].overload(*made.args, None, None, "triton").shape == made.args[0].shape
+
+
+def test_whole_model() -> None:
+    """A model's operators one after another, on a size that is odd at every stage."""
+    torch.manual_seed(0)
+    eager = lowformer.create_model("lowformer_b0", kernels="eager").eval()
+    model = lowformer.create_model("lowformer_b0", kernels="triton").eval()
+    model.load_state_dict(eager.state_dict())
+    x = torch.randn(1, 3, 37, 45)
+    with torch.no_grad():
+        found, expected = model(x), eager(x)
+        reference = eager.double()(x.double())
+    # The longest sum is the one over the window of the last downsampling block.
+    assert_within_budget(found, expected, reference, 9 * 128)
