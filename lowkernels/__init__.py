@@ -7,6 +7,8 @@ from ._version import __version__
 from .dispatch import Choice, use_backend
 from .errors import BackendError, FrozenError, InputError, LowkernelsError
 from .nn import freeze, repack
+from .patching import accelerate, restore
+from .report import Report, Row, report
 
 __all__ = [
     "BackendError",
@@ -14,10 +16,15 @@ __all__ = [
     "FrozenError",
     "InputError",
     "LowkernelsError",
+    "Report",
+    "Row",
     "__version__",
+    "accelerate",
     "freeze",
     "nn",
     "ops",
     "repack",
+    "report",
+    "restore",
     "use_backend",
 ]

@@ -1,0 +1,126 @@
+"""What happened to each module of a model, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import dispatch
+from .nn.block import FusedBlock
+from .ops import OPERATORS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_HEADER = ("module", "kind", "replaced", "backend", "ran on", "NHWC copies", "reason", "limits")
+# Where accelerate() notes, on the model, what it decided about modules that are not FusedBlocks.
+NOTES = "_lowkernels_notes"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module that was looked at.
+
+    Attributes:
+        name: its dotted name in the model.
+        kind: the operator it runs as; for others, its class.
+        replaced: whether it runs one of this library's operators, or was otherwise changed.
+        backend: the backend asked for; empty where nothing was replaced.
+        reason: why it was or was not replaced, and why it ran on what it ran on.
+        limits: the inputs the chosen backend serves.
+        ran_on: the backend that ran its latest eager eval-mode forward; empty before one.
+        layout_copies: inputs that forward had to copy to NHWC; None before one.
+    """
+
+    name: str
+    kind: str
+    replaced: bool
+    backend: str
+    reason: str
+    limits: str = ""
+    ran_on: str = ""
+    layout_copies: int | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        copies = "" if self.layout_copies is None else str(self.layout_copies)
+        replaced = "yes" if self.replaced else "no"
+        return (self.name, self.kind, replaced, self.backend, self.ran_on, copies, self.reason, self.limits)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of :func:`report`, in the model's order. ``print(report)`` gives a plain table, ``show()`` the best the terminal can."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def replaced(self) -> tuple[Row, ...]:
+        """The rows of modules that were replaced."""
+        return tuple(row for row in self.rows if row.replaced)
+
+    def __str__(self) -> str:
+        table = [_HEADER, *(row.cells() for row in self.rows)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADER))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in table]
+        return "\n".join([*lines, f"{len(self.replaced)} of {len(self.rows)} modules replaced"])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(*_HEADER, caption=f"{len(self.replaced)} of {len(self.rows)} modules replaced")
+        for row in self.rows:
+            table.add_row(*row.cells(), style=None if row.replaced else "dim")
+        return table
+
+    def show(self) -> None:
+        """Print the table: with rich where it is installed, as plain text otherwise."""
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(self)
+        else:
+            Console().print(self)
+
+
+def report(model: nn.Module) -> Report:
+    """Say for every module of ``model`` that was looked at what happened to it and why.
+
+    Works on models from :func:`lowkernels.accelerate`, from ``lowformer.create_model`` and on hand-built ones that use
+    ``lowkernels.nn``. After a forward in eval mode it also says which backend ran each block and how many inputs were copied to NHWC.
+
+    Args:
+        model: any model.
+    """
+    notes: dict[str, Row] = model.__dict__.get(NOTES, {})
+    rows = []
+    seen = set()
+    for name, module in model.named_modules():
+        if isinstance(module, FusedBlock) and module.operator_name in OPERATORS:
+            rows.append(_block_row(name, module))
+            seen.add(name)
+        elif name in notes:
+            rows.append(notes[name])
+            seen.add(name)
+    # Notes about the model as a whole, and about modules that are now inside a replaced one, come last.
+    rows += [row for name, row in notes.items() if name not in seen]
+    return Report(tuple(rows))
+
+
+def _block_row(name: str, block: FusedBlock) -> Row:
+    call = block.last_call
+    common: dict[str, Any] = {"name": name, "kind": block.operator_name, "replaced": True, "backend": block.backend}
+    if call is None:
+        return Row(**common, reason="structure matches the operator; no eager forward in eval mode yet")
+    choice, copies = call
+    refused = "".join(f"; not {backend}: {reason}" for backend, reason in choice.rejected)
+    limits = getattr(dispatch.kernel(choice.operator, choice.backend), "LIMITS", "any N, H, W")
+    return Row(**common, reason=choice.reason + refused, limits=limits, ran_on=choice.backend, layout_copies=copies)
