@@ -12,20 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
 from ._version import __version__
-from .dispatch import ENVIRONMENT_VARIABLE, requested
+from .dispatch import requested
 from .errors import LowkernelsError
+
+if TYPE_CHECKING:
+    import lowformer
 
 _DEMO_MODEL = "lowformer_b1"
 # Rounds of the demo's timing: enough for a median, few enough to stay within seconds on a laptop.
 _DEMO_ROUNDS = 15
-_OPTIONAL_PACKAGES = ("triton", "numpy", "timm", "torchvision", "safetensors", "huggingface_hub", "Pillow", "rich", "onnxruntime", "openvino")
+_PACKAGES = ("triton", "numpy", "timm", "torchvision", "safetensors", "huggingface_hub", "Pillow", "rich", "onnxruntime", "openvino")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lowkernels", description="Fused kernels for convolutional-transformer vision backbones.")
+    description = "Fused kernels for convolutional-transformer vision backbones."
+    parser = argparse.ArgumentParser(prog="lowkernels", description=description)
     parser.add_argument("--version", action="version", version=f"lowkernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -62,16 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("photo", nargs="?", help="another photograph")
     demo.add_argument("--backend", default="auto", help="backend of the fused operators (default: %(default)s)")
     demo.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    demo.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=None, help="default: float16 on cuda, else float32")
-    demo.add_argument("--weights", default="auto", metavar="FILE|hub|none|auto", help="auto: the published weights if the network gives them")
+    dtypes = ("float32", "float16", "bfloat16")
+    demo.add_argument("--dtype", choices=dtypes, default=None, help="default: float16 on cuda, else float32")
+    demo.add_argument(
+        "--weights",
+        default="auto",
+        metavar="FILE|hub|none|auto",
+        help="auto: the published weights if the network gives them within seconds, untrained ones otherwise",
+    )
     demo.set_defaults(run=_demo)
     return parser
 
 
 def environment() -> dict[str, Any]:
     """Versions, devices and the state of every backend, as ``lowkernels info`` prints them. Starts no GPU."""
-    packages = {}
-    for name in _OPTIONAL_PACKAGES:
+    packages: dict[str, str | None] = {}
+    for name in _PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -79,8 +89,8 @@ def environment() -> dict[str, Any]:
     gpus = []
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            gpus.append(f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB")
+            p = torch.cuda.get_device_properties(i)
+            gpus.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     state = {}
     for name in backends.PRIORITY:
         backend = backends.load(name)
@@ -98,7 +108,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "packages": packages,
         "backends": state,
-        "requested": " from ".join(requested(None)),
+        "requested": "{} (from {})".format(*requested(None)),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("LOWKERNELS_", "LOWFORMER_", "TRITON_"))},
     }
 
@@ -124,7 +134,7 @@ def _info(args: argparse.Namespace) -> int:
         print(f"backend {name}: {state['about']}")
         print(f"    on cpu tensors:  {state['cpu']}")
         print(f"    on cuda tensors: {state['cuda']}")
-    print(f"{'requested':12} {found['requested']} ({ENVIRONMENT_VARIABLE} is {'set' if ENVIRONMENT_VARIABLE in os.environ else 'not set'})")
+    print(f"{'requested':12} {found['requested']}")
     for key, value in found["environment"].items():
         print(f"{key}={value}")
     return 0
@@ -177,7 +187,8 @@ def _demo(args: argparse.Namespace) -> int:
     budget = error_budget(errors["eager"], expected, dtype, accumulation_length=_longest_sum(eager))
 
     print(f"{_DEMO_MODEL}, {label}, {args.photo or 'the photograph of a cat that ships with the package'}")
-    print(f"{device}, {str(dtype).removeprefix('torch.')}, {x.shape[2]}x{x.shape[3]}, batch 1, {torch.get_num_threads()} CPU threads\n")
+    kind = str(dtype).removeprefix("torch.")
+    print(f"{device}, {kind}, {x.shape[2]}x{x.shape[3]}, batch 1, {torch.get_num_threads()} CPU threads\n")
     names = class_names()
     top = {name: out[0].float().softmax(0).topk(5) for name, out in results.items()}
     print(f"{'eager':40}lowkernels")
@@ -187,14 +198,16 @@ def _demo(args: argparse.Namespace) -> int:
     same = bool(torch.equal(top["eager"].indices, top["lowkernels"].indices))
     # Classes closer to each other than the error cannot be told apart in this dtype; their order is no result.
     logits = expected[0]
-    tied = bool((logits[top["eager"].indices.cpu()] - logits[top["lowkernels"].indices.cpu()]).abs().max() <= 2 * budget.maximum)
-    within = errors["lowkernels"].within(budget)
+    apart = logits[top["eager"].indices.cpu()] - logits[top["lowkernels"].indices.cpu()]
+    tied = bool(apart.abs().max() <= 2 * budget.maximum)
+    ours = errors["lowkernels"]
     print(f"\nsame top-5: {'yes' if same else 'yes, up to ties below the error' if tied else 'NO'}")
-    print(f"largest difference from float64: {errors['lowkernels'].maximum:.2e} (eager {errors['eager'].maximum:.2e}, budget {budget.maximum:.2e})")
+    print(f"largest difference from float64: {ours.maximum:.2e} (eager {errors['eager'].maximum:.2e}, budget {budget.maximum:.2e})")
     eager_ms, ours_ms = (statistics.median(times[name]) for name in ("eager", "lowkernels"))
-    print(f"time, median of {_DEMO_ROUNDS} alternating rounds: eager {eager_ms:.2f} ms, lowkernels {ours_ms:.2f} ms ({eager_ms / ours_ms:.2f}x)\n")
+    ratio = f"eager {eager_ms:.2f} ms, lowkernels {ours_ms:.2f} ms ({eager_ms / ours_ms:.2f}x)"
+    print(f"time, median of {_DEMO_ROUNDS} alternating rounds: {ratio}\n")
     print(report(accelerated))
-    if not (within and (same or tied)):
+    if not (ours.within(budget) and (same or tied)):
         print("\nlowkernels: the accelerated model's output is outside its error budget", file=sys.stderr)
         return 1
     return 0
@@ -206,7 +219,7 @@ def _longest_sum(model: nn.Module) -> int:
     return max(w[0].numel() for w in weights)
 
 
-def _load_demo_weights(model: nn.Module, weights: str) -> str:
+def _load_demo_weights(model: lowformer.LowFormer, weights: str) -> str:
     """Load what was asked for; returns the label to print."""
     import lowformer
 
@@ -236,7 +249,8 @@ def _randomise(model: nn.Module) -> None:
                 fan_in = module.weight[0].numel()
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * (1.4 / fan_in**0.5))
             elif isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
+                assert module.running_mean is not None
+                assert module.running_var is not None
                 module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator) * 0.1)
                 module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
 

@@ -71,7 +71,7 @@ class ConvNormAct(FusedBlock):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = _conv(in_channels, out_channels, kernel_size, stride, 1, bias, kind)
         self.norm = _norm(out_channels, norm, kind)
         config = {"act": act, "stride": stride, "padding": kernel_size // 2, "residual": residual, "pool": pool}
@@ -165,7 +165,7 @@ class SeparableConv(FusedBlock):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dw = _conv(in_channels, in_channels, kernel_size, stride, in_channels, bias, kind)
         self.dw_norm = _norm(in_channels, norm, kind)
         self.pw = _conv(in_channels, out_channels, 1, 1, 1, bias, kind)
@@ -257,7 +257,7 @@ class MBConv(FusedBlock):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = round(in_channels * expansion)
         self.expand = _conv(in_channels, hidden, 1, 1, 1, bias, kind)
         self.expand_norm = _norm(hidden, norm, kind)
@@ -364,7 +364,7 @@ class FusedMBConv(FusedBlock):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = round(in_channels * expansion)
         self.conv = _conv(in_channels, hidden, kernel_size, stride, 1, bias, kind)
         self.conv_norm = _norm(hidden, norm, kind)
@@ -459,7 +459,7 @@ class Lowtention(FusedBlock):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         num_heads = max(1, channels // 60) if num_heads is None else num_heads
         head_dim = (channels // num_heads) // 2 if head_dim is None else head_dim
         inner = num_heads * head_dim
@@ -567,7 +567,7 @@ class GroupNormMLP(FusedBlock):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = round(channels * expansion)
         self.norm = nn.GroupNorm(1, channels, eps=eps, **kind)
         self.fc1 = _conv(channels, hidden, 1, 1, 1, bias, kind)

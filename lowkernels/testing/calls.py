@@ -111,6 +111,6 @@ def random_call(
     if operator == "gn_mlp":
         affine = tensor(channels, scale=0.1, shift=1.0), tensor(channels, scale=0.1)
         fc1, fc2 = weight(hidden, channels, 1, 1), weight(out_channels, hidden, 1, 1, gain=0.7)
-        weights = (fc1, bias_of(hidden), fc2, bias_of(out_channels))
-        return Call(operator, (x, *affine, 1e-5, *weights, act or "gelu", residual))
+        fcs = (fc1, bias_of(hidden), fc2, bias_of(out_channels))
+        return Call(operator, (x, *affine, 1e-5, *fcs, act or "gelu", residual))
     raise ValueError(f"unknown operator {operator!r}")
