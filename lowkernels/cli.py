@@ -28,7 +28,18 @@ if TYPE_CHECKING:
 _DEMO_MODEL = "lowformer_b1"
 # Rounds of the demo's timing: enough for a median, few enough to stay within seconds on a laptop.
 _DEMO_ROUNDS = 15
-_PACKAGES = ("triton", "numpy", "timm", "torchvision", "safetensors", "huggingface_hub", "Pillow", "rich", "onnxruntime", "openvino")
+_PACKAGES = (
+    "triton",
+    "numpy",
+    "timm",
+    "torchvision",
+    "safetensors",
+    "huggingface_hub",
+    "Pillow",
+    "rich",
+    "onnxruntime",
+    "openvino",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
