@@ -1,4 +1,5 @@
-"""The command ``lowkernels``: ``info`` for bug reports, ``demo`` for the main job on the photograph that ships with the package."""
+"""The command ``lowkernels``: ``info`` for bug reports, ``build`` to compile native kernels ahead of time, and ``demo``, which does
+the main job on the photograph that ships with the package."""
 
 from __future__ import annotations
 
@@ -69,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
+    build = commands.add_parser(
+        "build",
+        help="compile the native kernels now rather than on first use",
+        description="Compile the C++ CPU kernels into the cache (or a folder), if they are not there yet.",
+    )
+    build.add_argument("--output", metavar="FOLDER", help="put the library there instead of into the cache")
+    build.set_defaults(run=_build)
+
     demo = commands.add_parser(
         "demo",
         help="classify the photograph that ships with the package, eager and accelerated side by side",
@@ -122,6 +131,12 @@ def environment() -> dict[str, Any]:
         "requested": "{} (from {})".format(*requested(None)),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("LOWKERNELS_", "LOWFORMER_", "TRITON_"))},
     }
+
+
+def _build(args: argparse.Namespace) -> int:
+    from .cpu import build
+
+    return build.main([] if args.output is None else ["--output", args.output])
 
 
 def _cpu_name() -> str:

@@ -15,7 +15,7 @@ import lowkernels._version
 ROOT = Path(__file__).parents[2]
 
 # What a build may look at besides the two packages.
-SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
+SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         shutil.copy(ROOT / name, source)
     for package in ("lowkernels", "lowformer"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "csrc", source / "csrc")
     (folder / "blocked").mkdir()
     (folder / "blocked" / "torch.py").write_text("raise ImportError('the build must not need torch')\n")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -49,6 +50,8 @@ def test_wheel_holds_all_of_both_packages_and_nothing_else(wheel: zipfile.ZipFil
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    # The C++ sources, compiled where they are used, lie inside the package.
+    sources |= {f"lowkernels/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert names == sources
     assert {
         "lowkernels/py.typed",
