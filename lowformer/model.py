@@ -62,8 +62,7 @@ class LowFormer(nn.Module):
         self.num_features = config.widths[-1]
         self.head_hidden_size = config.head_widths[1]
         self.feature_info: list[dict[str, Any]] = [
-            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, width in enumerate(config.widths[1:])
+            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, width in enumerate(config.widths[1:])
         ]
 
         # in float32, as timm: training runs with the same seed then drop alike
@@ -80,9 +79,7 @@ class LowFormer(nn.Module):
             nn.LayerNorm(self.head_hidden_size),
             nn.Hardswish(),
         )
-        self.classifier: nn.Module = (
-            nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        )
+        self.classifier: nn.Module = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         self.apply(_init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,9 +159,7 @@ class LowFormer(nn.Module):
         self.num_classes = num_classes
         if num_classes:
             like = next(self.pre_classifier.parameters())
-            self.classifier = nn.Linear(
-                self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype
-            )
+            self.classifier = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             _init_linear(self.classifier)
         else:
             self.classifier = nn.Identity()
@@ -192,8 +187,11 @@ def run_blocks(blocks: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
         y: Tensor = blocks(x)
         return y
     for block in blocks.children():
-        contexts = partial(_recompute_contexts, block)
-        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        # the compiler takes no contexts; it recomputes without writing the statistics again anyway
+        if torch.compiler.is_compiling():
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_recompute_contexts, block))
     return x
 
 

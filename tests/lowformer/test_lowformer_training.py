@@ -39,7 +39,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_gradients_reach_every_parameter(name: str, training: bool) -> None:
     model = small_model(name, num_classes=10).train(training)
     # 96x96 leaves stage 4 more than one position: with one, softmax is constant and q, k have no gradient
-    grads = gradients(model, F.cross_entropy(model(images(4, 96, 96, dtype=torch.float32)), torch.arange(4)))
+    grads = gradients(model, F.cross_entropy(model(images(2, 96, 96, dtype=torch.float32)), torch.arange(2)))
     assert all(grad.isfinite().all() for grad in grads.values())
     if not training:  # batch statistics take out what a bias in front of them adds, so its gradient is zero
         assert [name for name, grad in grads.items() if not grad.any()] == []
@@ -131,13 +131,12 @@ def test_a_dropped_block_is_its_shortcut() -> None:
     assert 0 < same.sum() < 64
 
 
-@pytest.mark.parametrize("name", ["lowformer_b0", "lowformer_e3"])
 @pytest.mark.parametrize("training", [True, False])
-def test_gradient_checkpointing_changes_nothing(name: str, training: bool) -> None:
+def test_gradient_checkpointing_changes_nothing(training: bool) -> None:
     x = images(2, 64, 64)
     results = []
     for enable in (False, True):
-        model = small_model(name, drop_path_rate=0.3, drop_rate=0.2, num_classes=10).double().train(training)
+        model = small_model(drop_path_rate=0.3, drop_rate=0.2, num_classes=10).double().train(training)
         model.set_grad_checkpointing(enable)
         runs: list[int] = []
         model.stages[2][1].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
@@ -160,6 +159,20 @@ def test_gradient_checkpointing_of_features() -> None:
         model.set_grad_checkpointing(enable)
         results.append(gradients(model, sum((m.square().mean() for m in model(x)), torch.zeros(()))))
     assert equal(*results)
+
+
+def test_gradient_checkpointing_compiles() -> None:
+    x = images(2, 64, 64)
+    results = []
+    for compiled in (False, True):
+        model = small_model(num_classes=10).double()
+        model.set_grad_checkpointing(compiled)
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        grads = gradients(model, F.cross_entropy(run(x), torch.arange(2)))
+        results.append({**grads, **model.state_dict(prefix="state.")})
+    for key, expected in results[0].items():
+        assert (results[1][key] - expected).abs().max() <= 1e-9, key
 
 
 @pytest.mark.parametrize("name", NAMES)
