@@ -71,15 +71,15 @@ class Choice:
         return f"{self.operator}: {self.backend} ({self.reason}){refused}"
 
 
-def check_name(name: str) -> str:
-    """``name`` if it is ``"auto"`` or a known backend.
+def check_name(name: str, where: str = "") -> str:
+    """``name`` if it is ``"auto"`` or a known backend; ``where`` it came from is put in front of the message.
 
     Raises:
         BackendError: unknown name.
     """
     if name != AUTO and name not in backends.PRIORITY:
         known = ", ".join((AUTO, *backends.PRIORITY))
-        raise BackendError(f"unknown backend {name!r}: allowed are {known}")
+        raise BackendError(f"{where}unknown backend {name!r}: allowed are {known}")
     return name
 
 
@@ -93,7 +93,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         BackendError: unknown name. A known backend that cannot serve a call raises when that call is made.
     """
-    token = _context.set(check_name(name))
+    token = _context.set(check_name(name, "lowkernels.use_backend: "))
     try:
         yield
     finally:
@@ -137,7 +137,7 @@ def choose(
         BackendError: a backend asked for by name is unknown or cannot serve the call.
     """
     name, source = requested(argument)
-    check_name(name)
+    check_name(name, f"lowkernels.{operator}: {source}: ")
 
     def refusal(backend: str) -> str | None:
         missing = backends.load(backend).unavailable(device_type)

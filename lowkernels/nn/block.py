@@ -56,7 +56,7 @@ class FusedBlock(nn.Module):
     def _setup(
         self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None
     ) -> None:
-        self.backend = dispatch.check_name(backend)
+        self.backend = dispatch.check_name(backend, f"lowkernels.nn.{type(self).__name__}: ")
         # In a tuple, so that it is not a child: its children are this block's already.
         self._original = (original,)
         self._parts = {role: path for role, path in parts.items() if path is not None}
@@ -122,6 +122,9 @@ class FusedBlock(nn.Module):
         # A child left in train mode (BatchNorm, dropout) or watched by a hook must run itself.
         if self.training or any([m.training for m in self._mode_sensitive]) or any(self._hooks_of_children):
             return self._ordinary(x)
+        # PyTorch has no grad, jvp or vmap rules for operators defined in Python; the ordinary path has them all.
+        if torch._C._are_functorch_transforms_active() and not self._frozen:
+            return self._ordinary(x)
         if torch.compiler.is_compiling():
             weights, packed = self._traced_weights(x)
             return self._call_operator(x, weights, packed)
@@ -171,8 +174,11 @@ class FusedBlock(nn.Module):
                 if not (isinstance(module, nn.GroupNorm) and module.num_groups == 1 and module.affine):
                     self._wrong(role, f"is {module}; allowed is an affine nn.GroupNorm with one group")
             elif role.endswith("_norm"):
-                if not (type(module) is nn.BatchNorm2d and module.track_running_stats):
+                if not (isinstance(module, nn.BatchNorm2d) and module.track_running_stats):
                     self._wrong(role, f"is {module}; allowed is an nn.BatchNorm2d with running statistics")
+                channels = getattr(self._part(role.removesuffix("_norm")), "out_channels", None)
+                if module.num_features != channels:
+                    self._wrong(role, f"has {module.num_features} features; allowed is {channels}, the convolution's channels")
             elif role == "up":
                 if not (type(module) is nn.ConvTranspose2d and module.output_padding == (0, 0) and module.padding == (1, 1)):
                     self._wrong(role, f"is {module}; allowed is an nn.ConvTranspose2d with padding 1 and no output padding")
@@ -206,7 +212,9 @@ class FusedBlock(nn.Module):
     def _watch(self) -> None:
         """Note the children whose state decides between the operator and the ordinary path."""
         children = [m for m in self.modules() if m is not self]
-        self._mode_sensitive = [m for m in children if not m._modules and not isinstance(m, _MODELESS)]
+        self._mode_sensitive = [
+            m for m in children if isinstance(m, nn.BatchNorm2d) or (not m._modules and not isinstance(m, _MODELESS))
+        ]
         self._hooks_of_children = [d for m in children for d in hook_dicts(m)]
 
     def _folded_weights(self, exact: bool) -> list[Tensor | None]:
@@ -244,16 +252,19 @@ class FusedBlock(nn.Module):
         if type(x) not in _PLAIN_TENSORS:
             # Fake tensors, functorch wrappers and the like must not leave traces in what is kept.
             return self._live_weights(dtype), None
-        if self._stale(dtype):
-            if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
-                return self._live_weights(dtype), None
-            with _packing:
-                if self._stale(dtype):
-                    self._make_weights(dtype)
-        if torch.is_grad_enabled() and any([entry[2].requires_grad for entry in self._signature or ()]):
+        # Another thread may want another dtype (autocast): what is kept must not change between the check and the reading.
+        with _packing:
+            if self._stale(dtype):
+                if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
+                    return self._live_weights(dtype), None
+                self._make_weights(dtype)
+            kept, packs = self._kept_weights(), self._kept_packs()
+        # A traced graph (torch.jit) is checked without gradients and used with them.
+        gradients = torch.is_grad_enabled() or torch._C._is_tracing()
+        if gradients and any([p.requires_grad for p in self.parameters()]):
             # The packed weights give the value; the live ones carry gradients back to the parameters.
-            return self._live_weights(dtype), self._kept_packs()
-        return self._kept_weights(), self._kept_packs()
+            return self._live_weights(dtype), packs
+        return kept, packs
 
     def _kept_weights(self) -> list[Tensor | None]:
         return [self._buffers[f"_folded_{i}"] for i in range(self._folded_count)]
@@ -265,12 +276,14 @@ class FusedBlock(nn.Module):
 
     def _sources(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """Every tensor the folded weights depend on: the dict that holds it, its key there, itself."""
-        for path in self._parts.values():
-            module = self.get_submodule(path)
-            for place in (module._parameters, module._buffers):
-                for key, tensor in place.items():
-                    if tensor is not None and key != "num_batches_tracked":
-                        yield place, key, tensor
+        for role in self._parts:
+            # A part has children of its own where it is parametrized. BatchNorm's running statistics are written by a kernel that
+            # leaves their version as it was, but num_batches_tracked counts those writes.
+            for module in self._part(role).modules():
+                for place in (module._parameters, module._buffers):
+                    for key, tensor in place.items():
+                        if tensor is not None:
+                            yield place, key, tensor
 
     def _stale(self, dtype: torch.dtype) -> bool:
         if self._kept_dtype != dtype or self._signature is None:
@@ -353,8 +366,7 @@ class FusedBlock(nn.Module):
 
     def freeze(self) -> None:
         """Drop the original weights and every child; keep only what the operator reads. See :func:`lowkernels.freeze`."""
-        if self.training:
-            raise FrozenError(f"lowkernels.nn.{type(self).__name__}: is in train mode; call eval() before freezing")
+        self._check_freezable()
         if not self._frozen:
             self._refresh()
             self._frozen = True
@@ -363,6 +375,15 @@ class FusedBlock(nn.Module):
             self._parts = {}
             self._signature = None
             self._watch()
+
+    def _check_freezable(self) -> None:
+        name = f"lowkernels.nn.{type(self).__name__}"
+        if self.training or any(m.training for m in self._mode_sensitive):
+            raise FrozenError(f"{name}: is in train mode, or a child of it is; call eval() before freezing")
+        if any(self._hooks_of_children):
+            raise FrozenError(f"{name}: has hooks on its children, which would never run again; remove them before freezing")
+        if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
+            raise FrozenError(f"{name}: has parameters without data (meta or fake); load them before freezing")
 
     def train(self: BlockT, mode: bool = True) -> BlockT:
         if mode and self._frozen:
@@ -454,9 +475,11 @@ def freeze(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        FrozenError: the model is in train mode.
+        FrozenError: a block is in train mode, has hooks on its children, or its parameters have no data; nothing is frozen then.
     """
-    for module in list(model.modules()):
-        if isinstance(module, FusedBlock):
-            module.freeze()
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    for block in blocks:
+        block._check_freezable()
+    for block in blocks:
+        block.freeze()
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations
@@ -14,6 +15,15 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 def add(out: Tensor, x: Tensor) -> Tensor:
     return out + x if torch.is_grad_enabled() else out.add_(x)
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """GroupNorm with one group."""
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and trainable and not x.requires_grad:
+        # On the CPU, PyTorch's backward (2.13 still) crashes where a channels_last input needs no gradient but the weights do.
+        x = x.clone(memory_format=torch.contiguous_format)
+    return F.group_norm(x, 1, weight, bias, eps)
 
 
 def unsupported_weights(*weights: object) -> str | None:

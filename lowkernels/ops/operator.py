@@ -63,6 +63,14 @@ def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+def _recording_autograd() -> Any:
+    """A context in which autograd records, also inside a kernel that runs below it (as under a TorchDispatchMode)."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 class Operator:
     """One operator of the library.
 
@@ -70,7 +78,7 @@ class Operator:
         contract: the operator's ``contract.py``: ``NAME``; ``SCHEMA``, the arguments without the dispatch ones, starting with
             ``Tensor x``; ``INPUTS``, the names of those that are data rather than weights; and ``infer_shape``, which checks the
             arguments (raising :class:`~lowkernels.errors.InputError`) and returns the output's shape. It reads shapes, dtypes and
-            devices only, and must not compare the batch size with anything.
+            devices only, and must not compare the batch size with anything but another input's.
         reference: the operator's ``reference.py``, whose ``forward`` is differentiable by autograd.
 
     Attributes:
@@ -161,16 +169,16 @@ class Operator:
             lambda kernel: kernel.unsupported_weights(*weights) or kernel.unsupported_input(*call),
         )
 
-    def _plan(self, call: tuple[Any, ...], request: tuple[str, str]) -> _Plan:
+    def _plan(self, call: tuple[Any, ...], backend: str | None) -> _Plan:
         key = (
-            request,
+            dispatch.requested(backend),
             *((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in call),
         )
         plan = self._plans.get(key)
         if plan is None:
             shape = self.infer_shape(*call)
             empty = call[0].shape[0] == 0
-            kernel, choice = self._choose(call, request[0])
+            kernel, choice = self._choose(call, backend)
             plan = _Plan(None if empty else kernel, choice, shape, _nhwc_stride(shape))
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
@@ -181,7 +189,7 @@ class Operator:
         *call_list, packed, packed_for, backend = self._complete(args)
         call = tuple(call_list)
         x: Tensor = call[0]
-        kernel, choice, shape, stride = self._plan(call, dispatch.requested(backend))
+        kernel, choice, shape, stride = self._plan(call, backend)
         if packed is not None and packed_for is None:
             raise InputError(f"lowkernels.{self.name}: argument packed_for: is None; name the backend that made packed")
         if kernel is None:
@@ -209,19 +217,18 @@ class Operator:
         )
 
         def cast(value: Any, dtype: torch.dtype) -> Any:
-            if isinstance(value, list):
-                return [cast(v, dtype) for v in value]
             eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
             return value.to(dtype) if eligible else value
 
         def autocast(_keyset: Any, *args: Any) -> Tensor:
             dtype = torch.get_autocast_dtype(device_type)
             call, rest = self._complete(args)[:-_DISPATCH_ARGUMENTS], self._complete(args)[-_DISPATCH_ARGUMENTS:]
-            # Packed weights belong to the dtype they were made for.
-            if any(isinstance(v, Tensor) and v.is_floating_point() and v.dtype != dtype for v in call[1:]):
+            casted = tuple(cast(v, dtype) for v in call)
+            # Packed weights belong to the dtype they were made for; what dtype the input came in is nothing to them.
+            if any(new is not old for new, old in zip(self.weights(casted), self.weights(call), strict=True)):
                 rest = (None, None, rest[2])
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return self.overload(*(cast(v, dtype) for v in call), *rest)
+                return self.overload(*casted, *rest)
 
         return autocast
 
@@ -237,7 +244,11 @@ class Operator:
         # One entry per argument the dispatcher passed on; it leaves out trailing defaults, and those need no gradient.
         given = ctx.needs_input_grad
         needs = [i < len(given) and given[i] for i in self._tensor_positions]
-        grads = iter(self.backward_overload(grad, *call, needs=needs))
+        if torch.is_grad_enabled():
+            # Somebody wants gradients of these gradients (create_graph=True): keep the recomputed forward's graph.
+            grads = iter(self._reference_grads(grad, call, needs, create_graph=True))
+        else:
+            grads = iter(self.backward_overload(grad, *call, needs=needs))
         by_position: dict[int, Tensor] = {
             i: next(grads) for i, need in zip(self._tensor_positions, needs, strict=True) if need
         }
@@ -247,23 +258,25 @@ class Operator:
     def _backward(self, grad: Tensor, *args: Any, needs: Sequence[bool]) -> list[Tensor]:
         # Recomputes the forward through the reference: the operators are for inference first, and keep nothing for training.
         call = list(self._complete(args)[: len(self.argument_names)])
-        wanted = []
-        with torch.enable_grad():
-            for position, need in zip(self._tensor_positions, needs, strict=True):
-                if call[position] is not None:
-                    call[position] = call[position].detach().requires_grad_(need)
-                if need:
-                    wanted.append(call[position])
+        for position, need in zip(self._tensor_positions, needs, strict=True):
+            if call[position] is not None:
+                call[position] = call[position].detach().requires_grad_(need)
+        grads = self._reference_grads(grad, call, needs, create_graph=False)
+        wanted = [call[i] for i, need in zip(self._tensor_positions, needs, strict=True) if need]
+        return [self._laid_out_like(t, g, grad) for g, t in zip(grads, wanted, strict=True)]
+
+    def _reference_grads(self, grad: Tensor, call: list[Any], needs: Sequence[bool], create_graph: bool) -> list[Tensor]:
+        wanted = [call[i] for i, need in zip(self._tensor_positions, needs, strict=True) if need]
+        with torch.enable_grad(), _recording_autograd():
             out = self._reference(*call, None)
-        grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
-        return [self._like(g, t) for g, t in zip(grads, wanted, strict=True)]
+        return list(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, materialize_grads=True))
 
     @staticmethod
-    def _like(grad: Tensor | None, tensor: Tensor) -> Tensor:
+    def _laid_out_like(tensor: Tensor, result: Tensor, incoming: Tensor) -> Tensor:
         out = torch.empty_like(tensor)
-        if grad is None:
-            return out.zero_()
-        return grad if grad.stride() == out.stride() else out.copy_(grad)
+        # An operator's outputs never share memory with its inputs; the gradient of an addition does.
+        fresh = result.data_ptr() != incoming.data_ptr()
+        return result if fresh and result.stride() == out.stride() else out.copy_(result)
 
     def _fake_backward(self, grad: Tensor, *args: Any, needs: Sequence[bool]) -> list[Tensor]:
         call = self._complete(args)

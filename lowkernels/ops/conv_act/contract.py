@@ -32,8 +32,8 @@ def infer_shape(
     height, width = checks.window(NAME, x, weight.shape[2], stride, padding)
     if residual is not None:
         checks.image(NAME, residual, "residual")
-        if tuple(residual.shape[1:]) != (out_channels, height, width):
-            expected = (x.shape[0], out_channels, height, width)
+        expected = (x.shape[0], out_channels, height, width)
+        if tuple(residual.shape) != expected:
             checks.fail(NAME, "residual", f"has shape {tuple(residual.shape)}; allowed is {expected}, the output's")
     return (x.shape[0], out_channels) if pool else (x.shape[0], out_channels, height, width)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..eager import activate, add, unsupported_input, unsupported_weights
+from ..eager import activate, add, group_norm, unsupported_input, unsupported_weights
 
 __all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
 
@@ -27,7 +27,7 @@ def forward(
     residual: bool,
     packed: list[Tensor] | None,
 ) -> Tensor:
-    y = F.group_norm(x, 1, norm_weight, norm_bias, eps)
+    y = group_norm(x, norm_weight, norm_bias, eps)
     y = activate(F.conv2d(y, fc1_weight, fc1_bias), act)
     y = F.conv2d(y, fc2_weight, fc2_bias)
     return add(y, x) if residual else y

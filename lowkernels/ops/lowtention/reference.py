@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..eager import add, unsupported_input, unsupported_weights
+from ..eager import add, group_norm, unsupported_input, unsupported_weights
 
 __all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
 
@@ -30,7 +30,7 @@ def forward(
     packed: list[Tensor] | None,
 ) -> Tensor:
     height, width = x.shape[2:]
-    y = x if norm_weight is None else F.group_norm(x, 1, norm_weight, norm_bias, eps)
+    y = x if norm_weight is None else group_norm(x, norm_weight, norm_bias, eps)
     y = F.conv2d(y, dw_weight, dw_bias, stride, dw_weight.shape[2] // 2, groups=x.shape[1])
     qkv = F.conv2d(y, qkv_weight)
     grid = qkv.shape[2:]

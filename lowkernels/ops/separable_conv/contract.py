@@ -8,7 +8,7 @@ from .. import checks
 
 NAME = "separable_conv"
 SCHEMA = (
-    "Tensor x, Tensor dw_weight, Tensor? dw_bias, str dw_act, Tensor pw_weight, Tensor? pw_bias, str pw_act='none', "
+    "Tensor x, Tensor dw_weight, Tensor? dw_bias, str dw_act, Tensor pw_weight, Tensor? pw_bias=None, str pw_act='none', "
     "int stride=1, int padding=1, bool residual=False"
 )
 INPUTS = ("x",)
