@@ -1,0 +1,101 @@
+"""Building: when it happens, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowkernels.cpu import build
+
+CODE = """
+import sys, torch, lowkernels
+from lowkernels.ops import OPERATORS
+from lowkernels.testing import random_call
+assert not hasattr(torch.ops.lowkernels_cpu, "gn_mlp"), "loaded by the import"
+call = random_call("gn_mlp", channels=8)
+out = OPERATORS["gn_mlp"].overload(*call.args)
+assert out.shape == call.args[0].shape
+choice, _ = lowkernels.dispatch.last_call()
+print(choice)
+print(lowkernels.backends.load("cpu").describe())
+"""
+
+
+def run(tmp_path: Path, code: str = CODE, **environment: str) -> str:
+    variables = {**os.environ, build.CACHE_VARIABLE: str(tmp_path / "cache"), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_jit_can_be_switched_off(tmp_path: Path) -> None:
+    said = run(tmp_path, LOWKERNELS_JIT="0")
+    assert said.startswith("gn_mlp: eager")
+    assert "LOWKERNELS_JIT=0 forbids" in said
+
+
+def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
+    said = run(tmp_path, CXX="no-such-compiler")
+    assert said.startswith("gn_mlp: eager")
+    assert "no-such-compiler is not on PATH" in said
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo '#define __GNUC__ 9'", "printf '#define __clang__ 1\\n#define __GNUC__ 4\\n'"])
+def test_unusable_compiler_is_a_reason(tmp_path: Path, script: str) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    said = run(tmp_path, CXX=str(compiler))
+    assert "gn_mlp: eager" in said
+    assert f"the compiler {compiler} " in said
+
+
+def fake_compiler(folder: Path, compiling: str, linking: str) -> str:
+    """A g++ that runs `compiling` to compile and `linking` to link; in them, $out is the output."""
+    path = folder / "g++"
+    path.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*-dM*) echo '#define __GNUC__ 12'; exit;;
+esac
+for last; do out=$last; done
+case "$*" in
+*-shared*) while [ "$1" != -o ]; do shift; done; out=$2; {linking};;
+*) {compiling};;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_compile_error_is_a_reason(tmp_path: Path) -> None:
+    compiler = fake_compiler(tmp_path, 'case "$*" in *register*) touch $out;; *) echo "disk full" >&2; exit 1;; esac', "exit 1")
+    said = run(tmp_path, CXX=compiler)
+    assert "gn_mlp: eager" in said
+    assert "disk full" in said
+
+
+def test_library_is_found_again_and_named_after_its_sources(native: None) -> None:
+    path = build.built()
+    assert path is not None
+    assert path.name == build.library_name()
+
+
+def test_two_processes_build_once(tmp_path: Path, native: None) -> None:
+    compiler = fake_compiler(tmp_path, "sleep 1; touch $out", f"cp {build.built()} $out")
+    variables = {**os.environ, build.CACHE_VARIABLE: str(tmp_path / "cache"), "CXX": compiler}
+    children = [
+        subprocess.Popen([sys.executable, "-c", CODE], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [child.communicate(timeout=200) for child in children]
+    assert all(child.returncode == 0 for child in children), said
+    assert all(out.startswith("gn_mlp: cpu") for out, _ in said)
+    assert sum("compiling" in err for _, err in said) == 1
+    files = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert files == sorted([build.library_name(), Path(build.library_name()).with_suffix(".lock").name])
