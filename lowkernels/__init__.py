@@ -7,6 +7,7 @@ from ._version import __version__
 from .dispatch import Choice, use_backend
 from .errors import BackendError, FrozenError, InputError, LowkernelsError
 from .nn import freeze, repack
+from .ops import explain
 from .patching import accelerate, restore
 from .report import Report, Row, report
 
@@ -20,6 +21,7 @@ __all__ = [
     "Row",
     "__version__",
     "accelerate",
+    "explain",
     "freeze",
     "nn",
     "ops",

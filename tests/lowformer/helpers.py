@@ -14,7 +14,7 @@ import lowformer
 from tests.data.official import weights
 
 OFFICIAL = Path(__file__).parents[1] / "data" / "official"
-KERNELS = ["eager"]
+KERNELS = ["eager", "auto"]
 VARIANTS = lowformer.list_models()
 
 
