@@ -64,7 +64,7 @@ void attend(const Heads& heads, i64 head, const float* packed, i64 begin, i64 co
     alignas(64) float c[MR * NW];
     const i64 pitch = heads.scores_pitch(), tokens = heads.tokens, d = heads.dim;
     const float* values = packed + heads.key_floats();
-    Prefetch none{nullptr, nullptr};
+    Prefetch none{nullptr, nullptr, 0};
     const Rows<float> queries{heads.of(head) + begin * heads.pitch, heads.pitch, 0, 1, int(d)};
     for (i64 t0 = 0; t0 < tokens; t0 += NW) {
         const int width = panel_width(tokens, t0 / NW);

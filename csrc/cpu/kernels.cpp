@@ -77,14 +77,15 @@ void conv_act(const ConvAct& call, const Context& context) {
                 Prefetch prefetch = prefetch_panel<A>(conv, next);
                 panel_tiles(source, panel_of<A>(conv, panel), width, 0, tiles_of_run(source) * source.runs, prefetch,
                             [&](float* c, i64 rows, i64 run, i64 pixel) {
-                                alignas(64) float y[MR * NW] = {};
+                                alignas(64) float y[MR * NW];
                                 finish(call.act, c, rows, width, conv.bias + column, y, static_cast<const float*>(nullptr), width, width);
                                 const T* from = add ? add + (run * im.w_out + pixel) * conv.out + column : nullptr;
-                                for (int i = 0; i < columns; ++i) {
-                                    float part = 0;
-                                    for (i64 r = 0; r < rows; ++r)
-                                        part += y[r * width + i] + (from ? to_float(from[r * conv.out + i]) : 0.0f);
-                                    total[i] += part;
+                                for (i64 r = 0; from && r < rows; ++r)
+                                    for (i64 i = 0; i < columns; ++i) y[r * width + i] += to_float(from[r * conv.out + i]);
+                                for (int v = 0; v < width; v += VL) {
+                                    V part = {};
+                                    for (i64 r = 0; r < rows; ++r) part += load(y + r * width + v);
+                                    for (int i = 0; i < VL; ++i) total[v + i] += part[i];
                                 }
                             });
                 for (i64 i = 0; i < columns; ++i) from_float(out + image * conv.out + column + i, float(total[i] / double(pixels)));
@@ -424,7 +425,7 @@ void lowtention(const Lowtention& call, const Context& context) {
                 const Target<T> target{image_out + at, add ? add + at : nullptr, 2 * out_channels, 2 * im.w * out_channels, out_channels};
                 const Source<A> source = window<A>(s.grid + py * grid_row + px * inner, grid_row, inner, 2, 1, rows, pixels);
                 panel_product(source, call.up[parity], NONE, target, panel, 0, tiles_of_run(source) * rows,
-                              next >= 0 ? prefetch_panel<A>(call.up[next % 4], next / 4) : Prefetch{nullptr, nullptr});
+                              next >= 0 ? prefetch_panel<A>(call.up[next % 4], next / 4) : Prefetch{nullptr, nullptr, 0});
             });
         });
 }

@@ -62,10 +62,10 @@ LK_INLINE const A* panel_of(const Conv& conv, i64 panel) {
 
 template <class A>
 LK_INLINE Prefetch prefetch_panel(const Conv& conv, i64 panel) {
-    if (panel < 0 || panel >= panels_of(conv.out)) return {nullptr, nullptr};
+    if (panel < 0 || panel >= panels_of(conv.out)) return {nullptr, nullptr, 0};
     const A* p = panel_of<A>(conv, panel);
     i64 bytes = panel_width(conv.out, panel) * conv.k * conv.k * conv.in * i64(sizeof(A));
-    return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p) + bytes};
+    return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p) + bytes, 0};
 }
 
 // The tiles of a run, equally high.
@@ -79,6 +79,9 @@ template <class A, class F>
 LK_INLINE void panel_tiles(const Source<A>& source, const A* weight, int width, i64 begin, i64 end, Prefetch& prefetch, const F& use) {
     alignas(64) float c[MR * NW];
     const i64 per_run = tiles_of_run(source);
+    // As many cache lines a step as it takes to be done when the last tile is.
+    const i64 steps = (end - begin) * source.first.segments * larger(1, source.first.length / (4 * Operand<A>::step));
+    prefetch.advance = smaller(4, divide_up(prefetch.end - prefetch.next, 64 * larger(1, steps))) * 64;
     i64 run = begin / per_run, index = begin % per_run;
     for (i64 tile = begin; tile < end; ++tile) {
         i64 pixel = index * source.pixels / per_run;
@@ -118,7 +121,7 @@ void product(Team& team, const Source<A>& source, const Conv& conv, int act, con
     const i64 groups = groups_of(team, panels, tiles);
     team.run(panels * groups, [&](i64 unit, i64 next) {
         i64 panel = unit / groups, group = unit % groups;
-        Prefetch prefetch{nullptr, nullptr};
+        Prefetch prefetch{nullptr, nullptr, 0};
         if (next >= 0) {
             if (next / groups != panel) prefetch = prefetch_panel<A>(conv, next / groups);
         } else if (then) {
@@ -162,6 +165,14 @@ void padded_row(A* to, const T* image, i64 h, i64 w, i64 c, i64 y, i64 left, i64
     const T* row = image + (y * w + from) * c;
     if (c == to_channels) {
         convert(inside, row, (until - from) * c);
+    } else if (same<A, bf16> && same<T, bf16> && c == 3 && to_channels == 4) {
+        // Photographs: the fourth channel, which is the next pixel's first, is masked out of an 8-byte copy.
+        for (i64 i = 0; i < until - from; ++i) {
+            std::uint64_t pixel = 0;
+            std::memcpy(&pixel, row + 3 * i, i + 1 < until - from ? 8 : 6);
+            pixel &= 0xffffffffffffull;
+            std::memcpy(inside + 4 * i, &pixel, 8);
+        }
     } else {
         for (i64 i = 0; i < until - from; ++i) {
             for (i64 j = 0; j < to_channels; ++j)

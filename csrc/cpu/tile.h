@@ -13,10 +13,11 @@ struct Rows {
     int segments, length;
 };
 
-// Bytes to prefetch while a product runs, two cache lines for every four steps of depth.
+// What to prefetch while a product runs: from `next` to `end`, `advance` bytes (0 to 256) for every four steps of depth.
 struct Prefetch {
     const char* next;
     const char* end;
+    i64 advance;
 };
 
 template <class A>
@@ -63,7 +64,7 @@ void tile(const Rows<A>& rows, const A* b, float* c, Prefetch& prefetch) {
     const i64 pixel = rows.pixel * i64(sizeof(A));
     const int length = rows.length;
     const char* next = prefetch.next;
-    const i64 advance = next < prefetch.end ? 128 : 0;
+    const i64 advance = next < prefetch.end ? prefetch.advance : 0;
     for (int s = 0; s < rows.segments; ++s) {
         // Rows are addressed from every third one. The empty assembly keeps the compiler from making a pointer for each row, which
         // it would have to reload from the stack at every step.
@@ -74,6 +75,8 @@ void tile(const Rows<A>& rows, const A* b, float* c, Prefetch& prefetch) {
         for (; k + 4 * step <= length; k += 4 * step) {
             __builtin_prefetch(next);
             __builtin_prefetch(next + 64);
+            __builtin_prefetch(next + 128);
+            __builtin_prefetch(next + 192);
             next += advance;
 #pragma GCC unroll 5
             for (int i = 0; i < bases; ++i) asm("" : "+r"(a[i]));

@@ -121,7 +121,7 @@ void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv
         for (int f = 0; f < 16; ++f) {
             // The next slab of weights arrives while this one is used.
             const char* ahead = f < 15 ? reinterpret_cast<const char*>(weight + (f + 1) * slab) : after;
-            Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(float)) : nullptr};
+            Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(float)) : nullptr, 0};
             Source<float> source = matrix<float>(transformed + f * tiles * pitch, tiles, pitch, depth);
             float* to = products + f * tiles * width;
             panel_tiles(source, weight + f * slab, width, 0, tiles_of_run(source), prefetch,
