@@ -50,50 +50,37 @@ def output_rows(first, N, HO, WO, BM: tl.constexpr):
 
 
 @triton.jit
-def window_steps(C: tl.constexpr, KS: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr):
-    """Blocks of BK that a row of the window matrix (KS * KS * C columns, tap-major) is read in."""
-    tl.static_assert(FLAT or C % BK == 0)
-    return (KS * KS * C + BK - 1) // BK
+def window_bits(iy, ix, ok, H, W, KS: tl.constexpr):
+    """Which of a window's rows and columns are inside of the image, one integer an output pixel: bits 0 to KS - 1 and 8 to 7 + KS."""
+    bits = tl.zeros(iy.shape, tl.int32)
+    for t in tl.static_range(KS):
+        bits |= (ok & (iy + t >= 0) & (iy + t < H)).to(tl.int32) << t
+        bits |= (ok & (ix + t >= 0) & (ix + t < W)).to(tl.int32) << (8 + t)
+    return bits
 
 
 @triton.jit
-def load_window(
-    x, origin, iy, ix, ok, step, H, W,
-    C: tl.constexpr, KS: tl.constexpr, PAD: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    """Block ``step`` of the window matrix, [BM, BK]; zero outside of the images.
+def load_window(x, origin, bits, step, W, C: tl.constexpr, KS: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr):
+    """Block ``step`` of the window matrix, [BM, BK]; zero outside of the images, which ``bits`` (:func:`window_bits`) tells.
 
-    Blocks lie within one tap if BK divides C; FLAT blocks need not, at the price of a tap and a mask per element.
+    There are ceil(KS * KS * C / BK) blocks. They lie within one tap if BK divides C; FLAT blocks need not, at the price of a tap and a mask per element.
     """
     if FLAT:
         k = step * BK + tl.arange(0, BK)
-        mask = ok[:, None] & (k < KS * KS * C)[None, :]
-        if KS == 1:
-            offset = k
-        else:
-            tap = k // C
-            ky = tap // KS
-            kx = tap % KS
-            offset = (ky * W + kx) * C + k % C
-            if PAD > 0:
-                y = iy[:, None] + ky[None, :]
-                xx = ix[:, None] + kx[None, :]
-                mask = mask & (y >= 0) & (y < H) & (xx >= 0) & (xx < W)
+        tap = k // C
+        ky = tap // KS
+        kx = tap % KS
+        offset = (ky * W + kx) * C + k % C
+        wanted = (1 << ky) | (256 << kx)
+        mask = ((bits[:, None] & wanted[None, :]) == wanted[None, :]) & (k < KS * KS * C)[None, :]
         block = tl.load(x + (origin[:, None] + offset[None, :]), mask=mask, other=0.0)
     else:
-        mask = ok
-        if KS == 1:
-            offset = step * BK
-        else:
-            tap = step // (C // BK)
-            ky = tap // KS
-            kx = tap % KS
-            offset = (ky * W + kx) * C + (step % (C // BK)) * BK
-            if PAD > 0:
-                y = iy + ky
-                xx = ix + kx
-                mask = mask & (y >= 0) & (y < H) & (xx >= 0) & (xx < W)
-        columns = offset + tl.arange(0, BK)
+        tap = step // (C // BK)
+        ky = tap // KS
+        kx = tap % KS
+        columns = (ky * W + kx) * C + (step % (C // BK)) * BK + tl.arange(0, BK)
+        wanted = (1 << ky) | (256 << kx)
+        mask = (bits & wanted) == wanted
         block = tl.load(x + (origin[:, None] + columns[None, :]), mask=mask[:, None], other=0.0)
     return block
 
@@ -210,7 +197,7 @@ def combine_statistics(partial, length, piece, eps, PIECES: tl.constexpr):
     return mean, 1.0 / tl.sqrt_rn(squares / length + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "piece"])
 def statistics_pieces(x, partial, length, piece, PIECES: tl.constexpr, BS: tl.constexpr):
     """Moments of one piece of one image; program ids are (image, piece). ``partial`` is [N, 2, PIECES], fp32."""
     image = tl.program_id(0).to(tl.int64)
@@ -227,14 +214,23 @@ def statistics_pieces(x, partial, length, piece, PIECES: tl.constexpr, BS: tl.co
 
 
 @triton.jit
-def store_rows(out, acc, bias, x, offset, ok, column, CO: tl.constexpr, BIASES: tl.constexpr, ACT: tl.constexpr, RESIDUAL:
-tl.constexpr,
-               BN: tl.constexpr):  # fmt: skip
-    """Add the bias, activate, add the residual ``x`` (laid out as ``out``), round and store [BM, BN] from ``column`` on."""
+def initial_rows(bias, x, offset, ok, column, CO: tl.constexpr, BIASES: tl.constexpr, RESIDUAL: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """What an accumulator [BM, BN] of the columns from ``column`` on starts from: the bias, plus the residual ``x`` (as out).
+
+    Adding the residual first costs no registers while the accumulator is full, as adding it last would.
+    """
+    acc = tl.zeros([BM, BN], tl.float32) + load_vector(bias, column, BIASES, BN)[None, :]
+    if RESIDUAL:
+        columns = column + tl.arange(0, BN)
+        mask = ok[:, None] & (columns < CO)[None, :]
+        acc += tl.load(x + (offset[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def store_rows(out, acc, offset, ok, column, CO: tl.constexpr, BN: tl.constexpr):
+    """Round [BM, BN] and store it from ``column`` on."""
     columns = column + tl.arange(0, BN)
     mask = ok[:, None] & (columns < CO)[None, :]
-    at = offset[:, None] + columns[None, :]
-    value = activate(acc + load_vector(bias, column, BIASES, BN)[None, :], ACT)
-    if RESIDUAL:
-        value += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + (offset[:, None] + columns[None, :]), acc.to(out.dtype.element_ty), mask=mask)

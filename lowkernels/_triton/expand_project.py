@@ -15,13 +15,14 @@ from .device import (
     activate,
     combine_statistics,
     image_statistics,
+    initial_rows,
     load_vector,
     load_weight,
     load_window,
     output_rows,
     statistics_pieces,
     store_rows,
-    window_steps,
+    window_bits,
 )
 from .launch import Launch, block, ceil_div, column_groups, dividing_block
 
@@ -49,6 +50,7 @@ def expand_project(
     iy = oy * STRIDE - PAD
     ix = ox * STRIDE - PAD
     origin = ((image * H + iy) * W + ix) * C
+    bits = window_bits(iy, ix, ok, H, W, KS)
 
     mean = tl.zeros([BM], tl.float32)
     rstd = tl.zeros([BM], tl.float32)
@@ -69,21 +71,22 @@ def expand_project(
     # 16-bit input is multiplied as it is and the mean taken off the product: far below the input's own rounding. fp32 input has no
     # such margin where the mean is large against the deviation, nor has tf32, so it is normalised first.
     NORMALISE: tl.constexpr = NORM != "none" and x.dtype.element_ty == tl.float32
-    STEPS: tl.constexpr = window_steps(C, KS, BK, FLAT)
+    STEPS: tl.constexpr = (KS * KS * C + BK - 1) // BK
     if STEPS == 1:
-        resident = load_window(x, origin, iy, ix, ok, 0, H, W, C, KS, PAD, BK, FLAT)
+        resident = load_window(x, origin, bits, 0, W, C, KS, BK, FLAT)
         if NORMALISE:
             resident = (resident - mean[:, None]) * rstd[:, None]
-    y1 = tl.zeros([BM, N1], tl.float32)
+    offset = (tile + tl.arange(0, BM)) * CO
+    y1 = initial_rows(b2, x, offset, ok, column, CO, COLUMNS, RESIDUAL, BM, N1)
     if N2 > 0:
-        y2 = tl.zeros([BM, N2], tl.float32)
+        y2 = initial_rows(b2, x, offset, ok, column + N1, CO, COLUMNS, RESIDUAL, BM, N2)
     for e in tl.range(0, E, BE):
         h = tl.zeros([BM, BE], tl.float32)
         if STEPS == 1:
             h = tl.dot(resident, load_weight(w1, 0, e, K, E, BK, BE, TMA), h, input_precision=PRECISION)
         else:
             for step in tl.range(0, STEPS):
-                a = load_window(x, origin, iy, ix, ok, step, H, W, C, KS, PAD, BK, FLAT)
+                a = load_window(x, origin, bits, step, W, C, KS, BK, FLAT)
                 if NORMALISE:
                     a = (a - mean[:, None]) * rstd[:, None]
                 h = tl.dot(a, load_weight(w1, step * BK, e, K, E, BK, BE, TMA), h, input_precision=PRECISION)
@@ -100,10 +103,9 @@ def expand_project(
                 tail = load_weight(w2, e, column + N1, E, COLUMNS, BE, N2, False)
             y2 = tl.dot(h, tail, y2, input_precision=PRECISION)
 
-    offset = (tile + tl.arange(0, BM)) * CO
-    store_rows(out, y1, b2, x, offset, ok, column, CO, COLUMNS, "none", RESIDUAL, N1)
+    store_rows(out, y1, offset, ok, column, CO, N1)
     if N2 > 0:
-        store_rows(out, y2, b2, x, offset, ok, column + N1, CO, COLUMNS, "none", RESIDUAL, N2)
+        store_rows(out, y2, offset, ok, column + N1, CO, N2)
 
 
 def plan(

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton import configs, launch, packing
-from ..._triton.device import activate, load_vector, load_weight, load_window, output_rows, store_rows, window_steps
+from ..._triton.device import activate, load_vector, load_weight, load_window, output_rows, store_rows, window_bits
 from ..._triton.launch import Launch, block, ceil_div, dividing_block
 
 RESIDUAL_POSITION = 5
@@ -25,10 +25,11 @@ def window_product(
     iy = oy * STRIDE - PAD
     ix = ox * STRIDE - PAD
     origin = ((image * H + iy) * W + ix) * C
+    bits = window_bits(iy, ix, ok, H, W, KS)
     acc = tl.zeros([BM, BN], tl.float32)
-    STEPS: tl.constexpr = window_steps(C, KS, BK, FLAT)
+    STEPS: tl.constexpr = (KS * KS * C + BK - 1) // BK
     for step in tl.range(0, STEPS):
-        a = load_window(x, origin, iy, ix, ok, step, H, W, C, KS, PAD, BK, FLAT)
+        a = load_window(x, origin, bits, step, W, C, KS, BK, FLAT)
         acc = tl.dot(a, load_weight(w, step * BK, column, K, COLUMNS, BK, BN, TMA), acc, input_precision=PRECISION)
     return acc
 
@@ -72,7 +73,12 @@ def conv_act(
         acc = window_product(x, w, image, oy, ox, ok, column, H, W,
                              C, K, COLUMNS, KS, STRIDE, PAD, FLAT, PRECISION, TMA, BM, BN, BK)  # fmt: skip
         offset = (first + tl.arange(0, BM)) * CO
-        store_rows(out, acc, b, residual, offset, ok, column, CO, COLUMNS, ACT, RESIDUAL, BN)
+        value = activate(acc + load_vector(b, column, COLUMNS, BN)[None, :], ACT)
+        if RESIDUAL:
+            columns = column + tl.arange(0, BN)
+            mask = ok[:, None] & (columns < CO)[None, :]
+            value += tl.load(residual + (offset[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+        store_rows(out, value, offset, ok, column, CO, BN)
 
 
 def unsupported_weights(

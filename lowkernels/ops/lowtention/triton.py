@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton import configs, launch, packing
-from ..._triton.device import depthwise, image_statistics, load_vector, load_weight, output_rows, store_rows
+from ..._triton.device import depthwise, image_statistics, initial_rows, load_vector, load_weight, output_rows, store_rows
 from ..._triton.launch import Launch, block, ceil_div, dividing_block
 
 # Images of at most so many tokens are served by one launch.
@@ -137,8 +137,12 @@ def upsample_rows(
     exists = exists & (row < limit)
     py = parity // 2
     px = parity % 2
+    oy = ty * STRIDE + py
+    ox = tx * STRIDE + px
+    offset = ((image * H + oy) * W + ox) * CO
+    wanted = exists & (oy < H) & (ox < W)
+    acc = initial_rows(b, x, offset, wanted, column, CO, COLUMNS, RESIDUAL, BM, BN)
     BLOCKS: tl.constexpr = INNER // BK
-    acc = tl.zeros([BM, BN], tl.float32)
     for step in tl.range(0, TAPS * BLOCKS):
         tap = step // BLOCKS
         if STRIDE == 1:
@@ -154,10 +158,7 @@ def upsample_rows(
         a = tl.load(o + ((row + dy * GW + dx) * INNER)[:, None] + inner[None, :], mask=ok[:, None], other=0.0)
         weight = load_weight(w, (parity * TAPS * BLOCKS + step) * BK, column, STRIDE * STRIDE * TAPS * INNER, COLUMNS, BK, BN, TMA)
         acc = tl.dot(a, weight, acc, input_precision=PRECISION)
-    oy = ty * STRIDE + py
-    ox = tx * STRIDE + px
-    offset = ((image * H + oy) * W + ox) * CO
-    store_rows(out, acc, b, x, offset, exists & (oy < H) & (ox < W), column, CO, COLUMNS, "none", RESIDUAL, BN)
+    store_rows(out, acc, offset, wanted, column, CO, BN)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "GH", "GW", "NI"])

@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """mbconv in Triton: one persistent launch; expanded channels pass through a small scratch that stays in the L2 cache.
 
-A program owns a tile: TH x TW output pixels of one image, or NI whole small images. For each chunk of CE expanded channels it
-expands the patch of input under the tile into its scratch, meets its own threads at a barrier, and accumulates the projection of
-the depthwise result, which is made in registers from shifted loads of the scratch. Programs loop over tiles, so there is one
-scratch for each program that runs at a time, not for each tile.
+A program owns a tile: TH x TW output pixels of one image, or NI whole small images. For each chunk of CE expanded channels it expands
+the patch of input under the tile into its scratch, and takes the depthwise convolution from there to a second scratch, which it
+projects in the end; its threads meet at a barrier after each step. Programs loop over tiles, so there is one scratch for each program
+that runs at a time, not for each tile.
 
-The scratch is written and read by one program with a CTA barrier in between. Triton's interpreter runs a program as one thread, so
-it cannot show a missing barrier here: only a GPU can.
+The scratch is written and read by one program with CTA barriers in between. Triton's interpreter runs a program as one thread, so
+it cannot show a missing barrier here: only a GPU can. It is never read through tensor descriptors, which would need another fence.
 """
 
 from typing import Any, NamedTuple
@@ -18,91 +18,116 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton import configs, launch, packing
-from ..._triton.device import activate, depthwise, load_vector, load_weight, load_window, store_rows, window_steps
+from ..._triton.device import activate, depthwise, initial_rows, load_vector, load_weight, load_window, store_rows
 from ..._triton.launch import Launch, block, ceil_div, column_groups, dividing_block
+
+
+@triton.jit
+def tile_rows(start, images, y0, x0, HO, WO, TH, TW, BR: tl.constexpr):
+    """Rows ``start`` to ``start`` + BR of a tile: their number, image within the tile, output y and x, and which of them exist."""
+    row = start + tl.arange(0, BR)
+    number = row // (TH * TW)
+    pixel = row % (TH * TW)
+    oy = y0 + pixel // TW
+    ox = x0 + pixel % TW
+    return row, number, oy, ox, (number < images) & (oy < HO) & (ox < WO)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "TH", "TW", "PH", "PW", "NI", "tiles_y", "tiles_x", "tiles"])
 def mbconv(
-    x, w1, b1, wd, bd, w2, w2_tail, b2, scratch, out, N, H, W, HO, WO, TH, TW, PH, PW, NI, tiles_y, tiles_x, tiles,
+    x, w1, b1, wd, bd, w2, w2_tail, b2, expanded, filtered, out,
+    N, H, W, HO, WO, TH, TW, PH, PW, NI, tiles_y, tiles_x, tiles,
     C: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CO: tl.constexpr, COLUMNS: tl.constexpr, KS: tl.constexpr,
     STRIDE: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
-    BD: tl.constexpr, CE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, CE: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
     """x [N, H, W, C]; w1 [K, E]; b1 [E]; wd [KS * KS, E]; bd [E]; w2 [E, COLUMNS]; b2 [COLUMNS]; out [N, HO, WO, CO].
 
-    ``scratch`` is [programs, NI * PH * PW, CE]. A tile is TH x TW outputs of each of NI images, its patch PH x PW inputs. Program
-    ids: (slot of the persistent grid, pass over output columns).
+    A tile is TH x TW outputs of each of NI images, its patch PH x PW inputs. Scratch: ``expanded`` [programs, NI * PH * PW, CE],
+    ``filtered`` [programs, BM, E]. Without WIDE, offsets from a tile's first image on are kept in 32 bits, which saves registers.
+    Program id: slot of the persistent grid.
     """
-    slot = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
-    column = tl.program_id(1) * N1
+    slot = tl.program_id(0).to(tl.int64)
     patch = PH * PW
-    h = scratch + slot.to(tl.int64) * (NI * patch * CE)
-    STEPS: tl.constexpr = window_steps(C, 1, BK, FLAT)
+    h = expanded + slot * (NI * patch * CE)
+    g = filtered + slot * (BM * E)
+    STEPS: tl.constexpr = (C + BK - 1) // BK
 
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
-        group = tile // (tiles_y * tiles_x)
+        first = (tile // (tiles_y * tiles_x)).to(tl.int64) * NI
+        images = tl.minimum(N - first, NI).to(tl.int32)
+        source = x + first * H * W * C
         place = tile % (tiles_y * tiles_x)
         y0 = (place // tiles_x) * TH
         x0 = (place % tiles_x) * TW
         # The patch is moved inside of the image where the window sticks out.
         iy0 = tl.minimum(tl.maximum(y0 * STRIDE - PAD, 0), H - PH)
         ix0 = tl.minimum(tl.maximum(x0 * STRIDE - PAD, 0), W - PW)
-
-        row = tl.arange(0, BM)
-        number = row // (TH * TW)
-        pixel = row % (TH * TW)
-        image = group.to(tl.int64) * NI + number
-        oy = y0 + pixel // TW
-        ox = x0 + pixel % TW
-        ok = (number < NI) & (image < N) & (oy < HO) & (ox < WO)
-        iy = oy * STRIDE - PAD
-        ix = ox * STRIDE - PAD
-        origin = (number * patch + (iy - iy0) * PW + (ix - ix0)) * CE
-
-        y1 = tl.zeros([BM, N1], tl.float32)
-        if N2 > 0:
-            y2 = tl.zeros([BM, N2], tl.float32)
         for chunk in tl.range(0, E, CE, num_stages=1):
             width = tl.minimum(E - chunk, CE)
-            # The scratch still holds the previous chunk, which other threads may be reading.
-            tl.debug_barrier()
             for p in tl.range(0, NI * patch, BP, num_stages=1):
                 at = p + tl.arange(0, BP)
-                source = group.to(tl.int64) * NI + at // patch
-                place_in = at % patch
-                live = (at < NI * patch) & (source < N)
-                pixel_in = (source * H + iy0 + place_in // PW) * W + ix0 + place_in % PW
+                inner = at % patch
+                number = at // patch
+                live = number < images
+                if WIDE:
+                    number = number.to(tl.int64)
+                origin = ((number * H + iy0 + inner // PW) * W + ix0 + inner % PW) * C
+                # A window of one pixel.
+                bits = live.to(tl.int32) * 257
                 for e in tl.range(0, width, BE, num_stages=1):
                     acc = tl.zeros([BP, BE], tl.float32)
                     for step in tl.range(0, STEPS):
-                        a = load_window(x, pixel_in * C, at, at, live, step, H, W, C, 1, 0, BK, FLAT)
+                        a = load_window(source, origin, bits, step, W, C, 1, BK, FLAT)
                         w = load_weight(w1, step * BK, chunk + e, K, E, BK, BE, TMA)
                         acc = tl.dot(a, w, acc, input_precision=PRECISION)
                     acc = activate(acc + load_vector(b1, chunk + e, E, BE)[None, :], ACT)
                     to = h + (at[:, None] * CE + (e + tl.arange(0, BE))[None, :])
-                    tl.store(to, acc.to(scratch.dtype.element_ty), mask=live[:, None])
+                    tl.store(to, acc.to(expanded.dtype.element_ty), mask=live[:, None])
             tl.debug_barrier()
-            # One stage: software pipelining would keep every tap's block in shared memory.
-            for e in tl.range(0, width, BD, num_stages=1):
-                columns = tl.arange(0, BD)
-                y = depthwise(h + e, wd + chunk + e, origin, iy, ix, ok, columns, columns < E - chunk - e, None, None, H, W, PW,
-                              CE, E, KS, False, BM, BD)  # fmt: skip
-                y = activate(y + load_vector(bd, chunk + e, E, BD)[None, :], ACT).to(x.dtype.element_ty)
-                w = load_weight(w2, chunk + e, column, E, COLUMNS, BD, N1, TMA)
+            for r in tl.range(0, BM, BR, num_stages=1):
+                row, number, oy, ox, ok = tile_rows(r, images, y0, x0, HO, WO, TH, TW, BR)
+                iy = oy * STRIDE - PAD
+                ix = ox * STRIDE - PAD
+                origin = (number * patch + (iy - iy0) * PW + (ix - ix0)) * CE
+                for e in tl.range(0, width, BD, num_stages=1):
+                    columns = tl.arange(0, BD)
+                    live = columns < width - e
+                    y = depthwise(h + e, wd + chunk + e, origin, iy, ix, ok, columns, live, None, None, H, W, PW,
+                                  CE, E, KS, False, BR, BD)  # fmt: skip
+                    y = activate(y + load_vector(bd, chunk + e, E, BD)[None, :], ACT)
+                    to = g + (row[:, None] * E + (chunk + e + columns)[None, :])
+                    tl.store(to, y.to(filtered.dtype.element_ty), mask=ok[:, None] & live[None, :])
+            tl.debug_barrier()
+
+        row, number, oy, ox, ok = tile_rows(0, images, y0, x0, HO, WO, TH, TW, BM)
+        if WIDE:
+            number = number.to(tl.int64)
+        offset = ((number * HO + oy) * WO + ox) * CO
+        to = out + first * HO * WO * CO
+        for column in tl.range(0, COLUMNS, N1 + N2, num_stages=1):
+            y1 = initial_rows(b2, source, offset, ok, column, CO, COLUMNS, RESIDUAL, BM, N1)
+            if N2 > 0:
+                y2 = initial_rows(b2, source, offset, ok, column + N1, CO, COLUMNS, RESIDUAL, BM, N2)
+            for e in tl.range(0, E, BG):
+                columns = e + tl.arange(0, BG)
+                if E % BG == 0:
+                    mask = ok[:, None]
+                else:
+                    mask = ok[:, None] & (columns < E)[None, :]
+                y = tl.load(g + (row[:, None] * E + columns[None, :]), mask=mask, other=0.0)
+                w = load_weight(w2, e, column, E, COLUMNS, BG, N1, TMA)
                 y1 = tl.dot(y, w, y1, input_precision=PRECISION)
                 if N2 > 0:
                     if TMA:
-                        w = w2_tail.load([chunk + e, column + N1])
+                        w = w2_tail.load([e, column + N1])
                     else:
-                        w = load_weight(w2, chunk + e, column + N1, E, COLUMNS, BD, N2, False)
+                        w = load_weight(w2, e, column + N1, E, COLUMNS, BG, N2, False)
                     y2 = tl.dot(y, w, y2, input_precision=PRECISION)
-
-        offset = ((image * HO + oy) * WO + ox) * CO
-        store_rows(out, y1, b2, x, offset, ok, column, CO, COLUMNS, "none", RESIDUAL, N1)
-        if N2 > 0:
-            store_rows(out, y2, b2, x, offset, ok, column + N1, CO, COLUMNS, "none", RESIDUAL, N2)
+            store_rows(to, y1, offset, ok, column, CO, N1)
+            if N2 > 0:
+                store_rows(to, y2, offset, ok, column + N1, CO, N2)
 
 
 class Tiling(NamedTuple):
@@ -215,8 +240,8 @@ def plan(
         "mbconv",
         target.arch,
         x.dtype,
-        fallback={"BM": 64, "BP": 64, "BE": 64, "BK": 32, "BD": 32, "CE": 256, "LIMIT": 256, "TMA": 0, "PER_SM": 1}
-        | {"num_warps": 8, "num_stages": 2},
+        fallback={"BM": 64, "BP": 64, "BE": 64, "BK": 32, "BR": 32, "BD": 64, "BG": 32, "CE": 512, "LIMIT": 256, "TMA": 0}
+        | {"PER_SM": 1, "num_warps": 8, "num_stages": 2},
         channels=channels,
         columns=out_channels,
         waves=ceil_div(batch * out_height * out_width, 64) // target.processors,
@@ -227,29 +252,32 @@ def plan(
     flat = channels % 32 != 0
     bk = block(config["BK"], w1.shape[0]) if flat else dividing_block(config["BK"], channels)
     be = block(config["BE"], w1.shape[1])
-    bd_block = block(config["BD"], w1.shape[1])
+    filter_columns, bg = block(config["BD"], w1.shape[1]), block(config["BG"], w1.shape[1])
     chunk = min(config["CE"], max(be, launch.power_of_two_above(w1.shape[1])))
-    passes, first, second = column_groups(w2.shape[1], config["LIMIT"])
+    _, first, second = column_groups(w2.shape[1], config["LIMIT"])
     tma = bool(config["TMA"])
+    wide = cut.images * max(height * width * channels, out_height * out_width * out_channels) >= 2**30
     programs = min(tiles, target.processors * config["PER_SM"])
     # The expanded tensor is not rounded to bfloat16 before the depthwise convolution.
     kept = torch.float16 if x.dtype == torch.float16 else torch.float32
     patch = cut.images * cut.patch_height * cut.patch_width
-    scratch = torch.empty((programs * passes, patch, chunk), dtype=kept, device=x.device)
+    expanded = torch.empty((programs, patch, chunk), dtype=kept, device=x.device)
+    filtered = x.new_empty((programs, bm, w1.shape[1]))
     return out, [
         Launch(
             mbconv,
-            (programs, passes, 1),
+            (programs, 1, 1),
             (
                 x,
                 launch.descriptor(w1, bk, be, tma),
                 b1,
                 wd,
                 bd,
-                launch.descriptor(w2, bd_block, first, tma),
-                launch.descriptor(w2, bd_block, second, tma) if second and tma else None,
+                launch.descriptor(w2, bg, first, tma),
+                launch.descriptor(w2, bg, second, tma) if second and tma else None,
                 b2,
-                scratch,
+                expanded,
+                filtered,
                 out,
                 *(batch, height, width, out_height, out_width, cut.height, cut.width, cut.patch_height, cut.patch_width),
                 *(cut.images, cut.tiles_y, cut.tiles_x, tiles),
@@ -257,8 +285,9 @@ def plan(
             {
                 **{"C": channels, "K": w1.shape[0], "E": w1.shape[1], "CO": out_channels, "COLUMNS": w2.shape[1]},
                 **{"KS": size, "STRIDE": stride, "PAD": padding, "ACT": act, "RESIDUAL": residual, "FLAT": flat},
-                **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma, "BM": bm, "BP": bp, "BE": be, "BK": bk},
-                **{"BD": bd_block, "CE": chunk, "N1": first, "N2": second},
+                **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma, "WIDE": wide, "CE": chunk},
+                **{"BM": bm, "BP": bp, "BE": be, "BK": bk},
+                **{"BR": min(config["BR"], bm), "BD": filter_columns, "BG": bg, "N1": first, "N2": second},
             },
             config["num_warps"],
             config["num_stages"],

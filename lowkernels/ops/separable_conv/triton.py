@@ -38,7 +38,12 @@ def separable_conv(
         y = activate(y + load_vector(bd, c, CP, BK)[None, :], DW_ACT).to(x.dtype.element_ty)
         acc = tl.dot(y, load_weight(w, c, column, CP, COLUMNS, BK, BN, TMA), acc, input_precision=PRECISION)
     offset = (first + tl.arange(0, BM)) * CO
-    store_rows(out, acc, b, x, offset, ok, column, CO, COLUMNS, ACT, RESIDUAL, BN)
+    value = activate(acc + load_vector(b, column, COLUMNS, BN)[None, :], ACT)
+    if RESIDUAL:
+        columns = column + tl.arange(0, BN)
+        mask = ok[:, None] & (columns < CO)[None, :]
+        value += tl.load(x + (offset[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+    store_rows(out, value, offset, ok, column, CO, BN)
 
 
 def unsupported_weights(

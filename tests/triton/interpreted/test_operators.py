@@ -111,7 +111,7 @@ def test_refusals_name_the_reason() -> None:
 
 
 def test_auto_does_not_choose_the_interpreter() -> None:
-    assert OPERATORS["mbconv"].explain(*random_call("mbconv").args).backend == "eager"
+    assert OPERATORS["mbconv"].explain(*random_call("mbconv").args).backend != "triton"
 
 
 def test_empty_batch() -> None:
