@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations
@@ -23,7 +22,8 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     if torch.is_grad_enabled() and trainable and not x.requires_grad:
         # On the CPU, PyTorch's backward (2.13 still) crashes where a channels_last input needs no gradient but the weights do.
         x = x.clone(memory_format=torch.contiguous_format)
-    return F.group_norm(x, 1, weight, bias, eps)
+    # Not torch.nn.functional's, which refuses a single value (N = C = H = W = 1).
+    return torch.group_norm(x, 1, weight, bias, eps)
 
 
 def unsupported_weights(*weights: object) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowkernels import BackendError
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import random_call
 
@@ -35,39 +36,39 @@ def _on_gpu(target: Target) -> Any:
     return pytest.param(target, marks=pytest.mark.gpu)
 
 
-BACKENDS = [Target("eager"), _on_gpu(Target("eager", "cuda"))]
+BACKENDS = [Target("eager"), Target("cpu", dtypes=(torch.float32, torch.bfloat16)), _on_gpu(Target("eager", "cuda"))]
 
 # Two or more per operator, covering every branch of its schema; small, so that numerical Jacobians stay affordable.
-_SMALL = {"channels": 4, "height": 5, "width": 4, "hidden": 6}
+_SMALL = {"channels": 4, "height": 5, "width": 4, "hidden": 8, "num_heads": 1, "head_dim": 4}
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "conv_act": {
         "3x3-residual": {"act": "gelu", "residual": True},
-        "5x5-stride2": {"kernel_size": 5, "stride": 2, "out_channels": 3, "act": "silu", "bias": False},
-        "1x1-pool": {"kernel_size": 1, "out_channels": 6, "act": "hardswish", "pool": True},
+        "5x5-stride2": {"kernel_size": 5, "stride": 2, "out_channels": 8, "act": "silu", "bias": False},
+        "1x1-pool": {"kernel_size": 1, "out_channels": 8, "act": "hardswish", "pool": True},
         "residual-pool": {"residual": True, "pool": True},
     },
     "separable_conv": {
         "3x3-residual": {"act": "silu"},
-        "5x5-stride2": {"kernel_size": 5, "stride": 2, "out_channels": 6, "act": "gelu_tanh", "bias": False},
+        "5x5-stride2": {"kernel_size": 5, "stride": 2, "out_channels": 8, "act": "gelu_tanh", "bias": False},
     },
     "mbconv": {
         "3x3-residual": {"act": "hardswish"},
-        "7x7-stride2": {"kernel_size": 7, "stride": 2, "out_channels": 6, "act": "gelu", "bias": False},
+        "7x7-stride2": {"kernel_size": 7, "stride": 2, "out_channels": 8, "act": "gelu", "bias": False},
         "no-padding": {"padding": 0, "act": "relu"},
     },
     "fused_mbconv": {
         "3x3-residual": {"act": "hardswish"},
-        "3x3-stride2": {"stride": 2, "out_channels": 6, "act": "silu", "bias": False},
+        "3x3-stride2": {"stride": 2, "out_channels": 8, "act": "silu", "bias": False},
         "no-padding": {"padding": 0, "act": "relu6"},
     },
     "lowtention": {
         "3x3-norm": {"num_heads": 2},
-        "5x5-stride2": {"kernel_size": 5, "stride": 2, "num_heads": 1, "bias": False, "norm": False},
-        "widening": {"out_channels": 6, "num_heads": 1, "head_dim": 3},
+        "5x5-stride2": {"kernel_size": 5, "stride": 2, "bias": False, "norm": False},
+        "widening": {"out_channels": 8},
     },
     "gn_mlp": {
         "residual": {"act": "gelu"},
-        "widening": {"out_channels": 6, "act": "relu", "bias": False},
+        "widening": {"out_channels": 8, "act": "relu", "bias": False},
     },
 }
 CASES = [
@@ -104,6 +105,15 @@ def named(operator: str, args: tuple[Any, ...]) -> dict[str, Any]:
 def run(operator: str, args: tuple[Any, ...], backend: str = "eager") -> Tensor:
     out: Tensor = OPERATORS[operator].overload(*args, None, None, backend)
     return out
+
+
+def run_on(target: Target, operator: str, args: tuple[Any, ...]) -> Tensor:
+    """Run one call on a backend; where that does not serve such calls, the test is skipped with its reason."""
+    try:
+        OPERATORS[operator].explain(*args, backend=target.backend)
+    except BackendError as error:
+        pytest.skip(str(error))
+    return run(operator, args, target.backend)
 
 
 def canonical_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

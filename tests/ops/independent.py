@@ -74,7 +74,8 @@ _EXACT = Primitives(
 _PLAIN = Primitives(
     lambda x, w, b, stride, padding, groups: F.conv2d(x, w, b, stride, padding, 1, groups),
     lambda x, w, b, stride, padding: F.conv_transpose2d(x, w, b, stride, padding),
-    lambda x, w, b, eps: F.group_norm(x, 1, w, b, eps),
+    # Not F.group_norm, which refuses a single value (N = C = H = W = 1).
+    lambda x, w, b, eps: torch.group_norm(x, 1, w, b, eps),
     F.scaled_dot_product_attention,
     {
         "none": lambda x: x,

@@ -28,6 +28,7 @@ from .cases import (
     map_tensors,
     named,
     run,
+    run_on,
     tensors,
     with_grad,
 )
@@ -55,6 +56,7 @@ class _Call(nn.Module):
 @pytest.mark.parametrize("target", BACKENDS, ids=str)
 def test_opcheck(target: Target, operator: str, config: dict[str, Any], layout: str) -> None:
     args = with_grad(map_tensors(arguments(operator, config, device=target.device), LAYOUTS[layout]))
+    run_on(target, operator, args)
     torch.library.opcheck(OPERATORS[operator].overload, (*args, None, None, target.backend))
 
 
