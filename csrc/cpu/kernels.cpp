@@ -28,6 +28,7 @@ struct Input {
             }
         }
         const i64 row = columns() * conv.in;
+        warm<A>(conv, team.rank);
         team.run(rows(y1 - y0), [&](i64 r, i64) {
             padded_row(scratch + r * row, x, images.h, images.w, channels, y0 * stride - padding + r, -padding, columns(), conv.in);
         });
@@ -164,7 +165,7 @@ void fused_mbconv(const FusedMBConv& call, const Context& context) {
         if constexpr (same<A, float>) {
             if (transformed) {
                 winograd(team, x + image * im.h * im.w * channels, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
-                         expanded, s.transformed, reinterpret_cast<float*>(team.own));
+                         expanded, s.transformed, reinterpret_cast<float*>(team.own), &project);
                 done = true;
             }
         }
@@ -289,7 +290,10 @@ void gn_mlp(const GnMlp& call, const Context& context) {
     };
     parallel(
         context, blocks.count, im.n * pieces * i64(sizeof(Moments)), layout(nullptr).bytes, 0,
-        [&](Team& team, char* common) { measure(team, x, im.n, elements, reinterpret_cast<Moments*>(common)); },
+        [&](Team& team, char* common) {
+            warm<A>(fc1, team.rank);
+            measure(team, x, im.n, elements, reinterpret_cast<Moments*>(common));
+        },
         [&](Team& team, char* common, i64 block) {
             const Scratch s = layout(team.item);
             const i64 begin = blocks.begin(block), count = blocks.end(block) - begin, chunk = 14;
@@ -366,6 +370,7 @@ void lowtention(const Lowtention& call, const Context& context) {
     parallel(
         context, im.n, im.n * pieces * i64(sizeof(Moments)), layout(nullptr).bytes, own * i64(sizeof(float)),
         [&](Team& team, char* common) {
+            warm<A>(call.qkv, team.rank);
             if (pieces) measure(team, x, im.n, elements, reinterpret_cast<Moments*>(common));
         },
         [&](Team& team, char* common, i64 image) {
@@ -392,6 +397,7 @@ void lowtention(const Lowtention& call, const Context& context) {
                 else
                     std::memset(s.grid + (unit - call.heads) * grid_row, 0, grid_row * sizeof(A));
             });
+            warm<A>(call.up[0], team.rank);
             const i64 tiles = divide_up(tokens, MR);
             team.run(call.heads * tiles, [&](i64 unit, i64) {
                 const i64 head = unit / tiles, begin = unit % tiles * tokens / tiles, end = (unit % tiles + 1) * tokens / tiles;

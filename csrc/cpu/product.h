@@ -63,9 +63,19 @@ LK_INLINE const A* panel_of(const Conv& conv, i64 panel) {
 template <class A>
 LK_INLINE Prefetch prefetch_panel(const Conv& conv, i64 panel) {
     if (panel < 0 || panel >= panels_of(conv.out)) return {nullptr, nullptr, 0};
-    const A* p = panel_of<A>(conv, panel);
-    i64 bytes = panel_width(conv.out, panel) * conv.k * conv.k * conv.in * i64(sizeof(A));
-    return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p) + bytes, 0};
+    // Of a transformed convolution, its first slab.
+    const char* p = conv.winograd ? reinterpret_cast<const char*>(conv.winograd + panel * NW * 16 * conv.in)
+                                  : reinterpret_cast<const char*>(panel_of<A>(conv, panel));
+    const i64 depth = conv.winograd ? conv.in : conv.k * conv.k * conv.in;
+    return {p, p + panel_width(conv.out, panel) * depth * i64(sizeof(A)), 0};
+}
+
+// Asks for the panel a thread will probably begin with, while it still does something else.
+template <class A>
+LK_INLINE void warm(const Conv& conv, int rank) {
+    constexpr i64 enough = 64 << 10;
+    const Prefetch panel = prefetch_panel<A>(conv, rank);
+    for (const char* p = panel.next; p < panel.end && p < panel.next + enough; p += 64) __builtin_prefetch(p, 0, 2);
 }
 
 // The tiles of a run, equally high.

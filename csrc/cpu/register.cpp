@@ -106,52 +106,65 @@ Context context(double multiplications) {
 
 using Packed = at::TensorList;
 
-// Reads what lowkernels/cpu/pack.py made: tensors in order, the first one describing the layout.
+// Reads what lowkernels/cpu/pack.py made: one block of bytes, a header of integers and then the sections in order, each beginning at
+// a multiple of 64 bytes.
 class Reader {
 public:
-    Reader(Packed packed, at::ScalarType dtype, std::size_t count) : packed_(packed), kernels_(kernels(dtype)) {
-        TORCH_CHECK(packed.size() == count, "lowkernels_cpu: packed has ", packed.size(), " tensors; allowed are ", count);
-        header_ = next<std::int64_t>(at::kLong);
-        TORCH_CHECK(header_[0] == kernels_.vector && header_[1] == kernels_.bf16_weights && header_[2] == static_cast<int>(dtype),
-                    "lowkernels_cpu: packed was made for vectors of ", header_[0], " floats, bf16 products ", header_[1], " and dtype ",
-                    header_[2], "; this call has ", kernels_.vector, ", ", kernels_.bf16_weights, " and ", static_cast<int>(dtype),
+    Reader(Packed packed, at::ScalarType dtype) : kernels_(kernels(dtype)) {
+        TORCH_CHECK(packed.size() == 1 && packed[0].device().is_cpu() && packed[0].is_contiguous() && packed[0].scalar_type() == at::kByte,
+                    "lowkernels_cpu: packed is not what pack made");
+        base_ = static_cast<const char*>(packed[0].const_data_ptr());
+        bytes_ = packed[0].numel();
+        const i64 count = bytes_ >= 8 ? *reinterpret_cast<const i64*>(base_) : -1;
+        TORCH_CHECK(count >= 4 && count <= bytes_ / 8, "lowkernels_cpu: packed is not what pack made");
+        header_ = reinterpret_cast<const i64*>(base_);
+        end_ = header_ + count;
+        used_ = count * 8;
+        TORCH_CHECK(header_[1] == kernels_.vector && header_[2] == kernels_.bf16_weights && header_[3] == static_cast<int>(dtype),
+                    "lowkernels_cpu: packed was made for vectors of ", header_[1], " floats, bf16 products ", header_[2], " and dtype ",
+                    header_[3], "; this call has ", kernels_.vector, ", ", kernels_.bf16_weights, " and ", static_cast<int>(dtype),
                     ". Pack again on this machine for this dtype.");
-        at_ = 3;
+        header_ += 4;
     }
 
     const Kernels& kernels_for_dtype() const { return kernels_; }
+
     i64 number() {
-        TORCH_CHECK(i64(at_) < packed_[0].numel(), "lowkernels_cpu: packed was made for another operator");
-        return header_[at_++];
+        TORCH_CHECK(header_ < end_, "lowkernels_cpu: packed was made for another operator");
+        return *header_++;
     }
 
     Conv conv() {
         Conv conv{};
         conv.k = number(), conv.in = number(), conv.out = number();
-        const bool winograd = number() != 0;
-        const i64 elements = conv.k * conv.k * conv.in * columns(conv.out);
-        if (winograd)
-            conv.winograd = next<float>(at::kFloat, 16 * conv.in * columns(conv.out));
+        const i64 elements = conv.in * columns(conv.out);
+        if (number())
+            conv.winograd = section<float>(16 * elements);
         else if (kernels_.bf16_weights)
-            conv.weight = next<at::BFloat16>(at::kBFloat16, elements);
+            conv.weight = section<bf16>(conv.k * conv.k * elements);
         else
-            conv.weight = next<float>(at::kFloat, elements);
-        conv.bias = next<float>(at::kFloat, panels(conv.out));
+            conv.weight = section<float>(conv.k * conv.k * elements);
+        conv.bias = section<float>(panels(conv.out));
         return conv;
     }
 
     Depthwise depthwise() {
         Depthwise conv{};
         conv.k = number(), conv.channels = number(), conv.padded = panels(conv.channels);
-        conv.weight = next<float>(at::kFloat, conv.k * conv.k * conv.padded);
-        conv.bias = next<float>(at::kFloat, conv.padded);
+        conv.weight = section<float>(conv.k * conv.k * conv.padded);
+        conv.bias = section<float>(conv.padded);
         return conv;
     }
 
     Norm norm(i64 channels, double eps) {
         if (!number()) return {nullptr, nullptr, eps};
-        const float* weight = next<float>(at::kFloat, panels(channels));
-        return {weight, next<float>(at::kFloat, panels(channels)), eps};
+        const float* weight = section<float>(panels(channels));
+        return {weight, section<float>(panels(channels)), eps};
+    }
+
+    // To be called after everything was read.
+    void finish() const {
+        TORCH_CHECK(header_ == end_ && used_ == bytes_, "lowkernels_cpu: packed was made for another operator");
     }
 
 private:
@@ -159,19 +172,17 @@ private:
     i64 columns(i64 channels) const { return (channels + kernels_.vector - 1) / kernels_.vector * kernels_.vector; }
 
     template <class T>
-    const T* next(at::ScalarType dtype, i64 elements = -1) {
-        const at::Tensor& t = packed_[index_];
-        TORCH_CHECK(t.device().is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && (elements < 0 || t.numel() == elements),
-                    "lowkernels_cpu: packed tensor ", index_, " is not what pack made: ", t.numel(), " elements of ", t.scalar_type(),
-                    "; expected ", elements, " of ", dtype);
-        ++index_;
-        return static_cast<const T*>(t.const_data_ptr());
+    const T* section(i64 elements) {
+        const i64 from = (used_ + 63) / 64 * 64;
+        used_ = from + elements * i64(sizeof(T));
+        TORCH_CHECK(elements >= 0 && used_ <= bytes_, "lowkernels_cpu: packed was made for another operator");
+        return reinterpret_cast<const T*>(base_ + from);
     }
 
-    Packed packed_;
     const Kernels& kernels_;
-    const std::int64_t* header_ = nullptr;
-    std::size_t index_ = 0, at_ = 0;
+    const char* base_;
+    const i64 *header_, *end_;
+    i64 bytes_, used_;
 };
 
 void check_image(const at::Tensor& x, i64 channels) {
@@ -194,9 +205,10 @@ void check_residual(bool residual, const at::Tensor& x, const at::Tensor& out) {
 }
 
 at::Tensor conv_act(const at::Tensor& x, const std::optional<at::Tensor>& residual, Packed packed, i64 act, i64 stride, i64 padding, bool pool) {
-    Reader reader(packed, x.scalar_type(), 3);
+    Reader reader(packed, x.scalar_type());
     const i64 channels = reader.number();
     const Conv conv = reader.conv();
+    reader.finish();
     check_image(x, channels);
     const i64 h = extent(x.size(2), conv.k, stride, padding), w = extent(x.size(3), conv.k, stride, padding);
     at::Tensor out = pool ? at::empty({x.size(0), conv.out}, x.options()) : empty_image(x, conv.out, h, w);
@@ -212,11 +224,12 @@ at::Tensor conv_act(const at::Tensor& x, const std::optional<at::Tensor>& residu
 
 at::Tensor inverted_residual(const at::Tensor& x, Packed packed, bool expands, i64 expand_act, i64 depthwise_act, i64 project_act,
                              i64 stride, i64 padding, bool residual) {
-    Reader reader(packed, x.scalar_type(), expands ? 7 : 5);
+    Reader reader(packed, x.scalar_type());
     InvertedResidual call{};
     if (expands) call.expand = reader.conv();
     call.depthwise = reader.depthwise();
     call.project = reader.conv();
+    reader.finish();
     check_image(x, expands ? call.expand.in : call.depthwise.channels);
     const i64 h = extent(x.size(2), call.depthwise.k, stride, padding), w = extent(x.size(3), call.depthwise.k, stride, padding);
     at::Tensor out = empty_image(x, call.project.out, h, w);
@@ -230,10 +243,11 @@ at::Tensor inverted_residual(const at::Tensor& x, Packed packed, bool expands, i
 }
 
 at::Tensor fused_mbconv(const at::Tensor& x, Packed packed, i64 act, i64 stride, i64 padding, bool residual) {
-    Reader reader(packed, x.scalar_type(), 5);
+    Reader reader(packed, x.scalar_type());
     FusedMBConv call{};
     call.conv = reader.conv();
     call.project = reader.conv();
+    reader.finish();
     check_image(x, call.conv.in);
     const i64 h = extent(x.size(2), call.conv.k, stride, padding), w = extent(x.size(3), call.conv.k, stride, padding);
     at::Tensor out = empty_image(x, call.project.out, h, w);
@@ -246,13 +260,13 @@ at::Tensor fused_mbconv(const at::Tensor& x, Packed packed, i64 act, i64 stride,
 }
 
 at::Tensor lowtention(const at::Tensor& x, Packed packed, double eps, i64 heads, i64 stride, bool residual) {
-    const bool normed = packed.size() == (stride == 1 ? 9 : 15);
-    Reader reader(packed, x.scalar_type(), (stride == 1 ? 7 : 13) + (normed ? 2 : 0));
+    Reader reader(packed, x.scalar_type());
     Lowtention call{};
     call.norm = reader.norm(x.size(1), eps);
     call.depthwise = reader.depthwise();
     call.qkv = reader.conv();
     for (int i = 0; i < (stride == 1 ? 1 : 4); ++i) call.up[i] = reader.conv();
+    reader.finish();
     check_image(x, call.depthwise.channels);
     at::Tensor out = empty_image(x, call.up[0].out, x.size(2), x.size(3));
     check_residual(residual, x, out);
@@ -264,11 +278,12 @@ at::Tensor lowtention(const at::Tensor& x, Packed packed, double eps, i64 heads,
 }
 
 at::Tensor gn_mlp(const at::Tensor& x, Packed packed, double eps, i64 act, bool residual) {
-    Reader reader(packed, x.scalar_type(), 7);
+    Reader reader(packed, x.scalar_type());
     GnMlp call{};
     call.norm = reader.norm(x.size(1), eps);
     call.fc1 = reader.conv();
     call.fc2 = reader.conv();
+    reader.finish();
     check_image(x, call.fc1.in);
     at::Tensor out = empty_image(x, call.fc2.out, x.size(2), x.size(3));
     check_residual(residual, x, out);

@@ -1,5 +1,5 @@
 // One parallel region a call. Work comes in items (images, or blocks of rows of one); while there are at least as many items as
-// threads, each thread takes whole items; the rest are worked on by all threads together. How work is split never changes the order
+// threads, each thread takes whole items; the rest are worked on by all threads together, in phases of units. How work is split never changes the order
 // of any sum, so results do not depend on the number of threads.
 #pragma once
 #include <omp.h>
@@ -19,50 +19,51 @@ LK_INLINE void relax() {
 
 struct Shared {
     alignas(64) i64 items = 0;
-    alignas(64) i64 units = 0;
-    alignas(64) int arrived = 0;
-    alignas(64) int generation = 0;
+    alignas(64) i64 taken = 0;  // units handed out and done, over all phases so far
+    alignas(64) i64 done = 0;
 };
 
 struct Team {
     int size;
     int rank;
     Shared* shared;
-    char* item;  // scratch of the item at hand, seen by the whole team
-    char* own;   // scratch of this thread
+    char* item;     // scratch of the item at hand, seen by the whole team
+    char* own;      // scratch of this thread
+    i64 until = 0;  // units of all phases so far, this one included
 
-    // f(unit, next): `next` is the unit this thread will have after it, or -1, so that its data can be prefetched. Units are handed
-    // out one by one: a thread that shares its core takes fewer. Returns when all are done.
+    // One phase: f(unit, next) for every unit; `next` is the unit this thread will have after it, or -1, so that its data can be
+    // prefetched. Units are handed out one by one: a thread that shares its core takes fewer. Returns when all units are done, whoever
+    // did them: a thread that comes late, or not at all, is not waited for.
     template <class F>
     void run(i64 units, const F& f) {
         if (size == 1) {
             for (i64 unit = 0; unit < units; ++unit) f(unit, unit + 1 < units ? unit + 1 : -1);
             return;
         }
-        i64 unit = __atomic_fetch_add(&shared->units, 1, __ATOMIC_RELAXED);
-        while (unit < units) {
-            i64 next = __atomic_fetch_add(&shared->units, 1, __ATOMIC_RELAXED);
-            f(unit, next < units ? next : -1);
+        const i64 start = until;
+        until += units;
+        i64 unit = take();
+        while (unit >= 0) {
+            const i64 next = take();
+            f(unit - start, next >= 0 ? next - start : -1);
+            __atomic_fetch_add(&shared->done, 1, __ATOMIC_ACQ_REL);
             unit = next;
         }
-        barrier();
-    }
-
-    void barrier() {
-        int generation = __atomic_load_n(&shared->generation, __ATOMIC_ACQUIRE);
-        if (__atomic_add_fetch(&shared->arrived, 1, __ATOMIC_ACQ_REL) == size) {
-            shared->arrived = 0;
-            shared->units = 0;
-            __atomic_store_n(&shared->generation, generation + 1, __ATOMIC_RELEASE);
-            return;
-        }
         // Spin briefly, then let others run: the thread waited for may need this very core.
-        for (int spins = 0; __atomic_load_n(&shared->generation, __ATOMIC_ACQUIRE) == generation; ++spins) {
-            if (spins < 4000)
+        for (int spins = 0; __atomic_load_n(&shared->done, __ATOMIC_ACQUIRE) < until; ++spins) {
+            if (spins < 2000)
                 relax();
             else
                 sched_yield();
         }
+    }
+
+private:
+    i64 take() {
+        i64 next = __atomic_load_n(&shared->taken, __ATOMIC_RELAXED);
+        while (next < until)
+            if (__atomic_compare_exchange_n(&shared->taken, &next, next + 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return next;
+        return -1;
     }
 };
 
@@ -81,8 +82,8 @@ struct Arena {
     }
 };
 
-// before(team), by all threads together, then work(team, item) for each item. `item_bytes` and `own_bytes` are the scratch of an
-// item and of a thread; `common` bytes, at team.shared_scratch, stay for the whole call.
+// before(team, common), by all threads together, then work(team, common, item) for each item. `item_bytes` and `own_bytes` are the
+// scratch of an item and of a thread; the `common_bytes` stay for the whole call.
 template <class Before, class Work>
 void parallel(const Context& context, i64 items, i64 common_bytes, i64 item_bytes, i64 own_bytes, const Before& before,
               const Work& work) {
@@ -98,7 +99,7 @@ void parallel(const Context& context, i64 items, i64 common_bytes, i64 item_byte
         char* own = alone + rank * (item_bytes + own_bytes);
         Team solo{1, rank, &shared, own + own_bytes, own};
         Team team{size, rank, &shared, together, own};
-        before(size == 1 ? solo : team, common);
+        before(team, common);
         const i64 single = size == 1 ? items : items - items % size;
         for (;;) {
             i64 item = __atomic_fetch_add(&shared.items, 1, __ATOMIC_RELAXED);

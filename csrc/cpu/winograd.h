@@ -110,7 +110,8 @@ LK_INLINE const float* winograd_panel(const Conv& conv, i64 panel) { return conv
 // The whole convolution of a block by the team. `transformed` is shared, `products` the thread's own.
 template <class T, class U>
 void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv& conv, int act, const Target<U>& target,
-              float* transformed, float* products) {
+              float* transformed, float* products, const Conv* then = nullptr) {
+    warm<float>(conv, team.rank);
     team.run(block.tile_rows(), [&](i64 row, i64) { transform_input(image, block, row, transformed); });
     const i64 tiles = block.tiles(), pitch = block.pitch(), depth = conv.in;
     team.run(panels_of(conv.out), [&](i64 panel, i64 next) {
@@ -122,6 +123,7 @@ void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv
             // The next slab of weights arrives while this one is used.
             const char* ahead = f < 15 ? reinterpret_cast<const char*>(weight + (f + 1) * slab) : after;
             Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(float)) : nullptr, 0};
+            if (!ahead && then) prefetch = prefetch_panel<float>(*then, team.rank);
             Source<float> source = matrix<float>(transformed + f * tiles * pitch, tiles, pitch, depth);
             float* to = products + f * tiles * width;
             panel_tiles(source, weight + f * slab, width, 0, tiles_of_run(source), prefetch,

@@ -2,8 +2,9 @@
 
 Products read their weights in panels of two vectors of output channels (the last panel may be one vector wide), each
 panel with all its depth one after the other: ``[panel][k * k * C_in][width]``. Where the processor multiplies bf16 pairs,
-two steps of depth lie together: ``[panel][depth / 2][width][2]``. The first tensor of a packed list is a header of
-integers; the C++ side checks it against the machine it runs on.
+two steps of depth lie together: ``[panel][depth / 2][width][2]``. Everything of one operator lies in one block of bytes,
+in the order it is used: a header of integers, which the C++ side checks against the machine it runs on, then the sections,
+each beginning at a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _DTYPE_NUMBERS = {torch.float32: 6, torch.bfloat16: 15}
 # Below this many input channels the transforms of Winograd's algorithm cost more than its fewer multiplications save.
 _WINOGRAD_CHANNELS = 32
+_ALIGNMENT = 64
 
 
 class Layout(NamedTuple):
@@ -60,16 +62,25 @@ def unsupported(dtype: torch.dtype, **channels: int) -> str | None:
 
 
 class Packer:
-    """Collects the tensors and the header's numbers of one operator's weights."""
+    """Collects the sections and the header's numbers of one operator's weights."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._layout = layout(dtype)
         self._header = [self._layout.vector, int(self._layout.pairs), _DTYPE_NUMBERS[dtype]]
-        self._tensors: list[Tensor] = []
+        self._sections: list[Tensor] = []
 
     def tensors(self) -> list[Tensor]:
-        """The packed list."""
-        return [torch.tensor(self._header), *self._tensors]
+        """The packed list: one tensor of bytes."""
+        header = torch.tensor([len(self._header) + 1, *self._header])
+        sections = [section.contiguous().view(torch.uint8).reshape(-1) for section in (header, *self._sections)]
+        offsets, end = [], 0
+        for section in sections:
+            offsets.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
+            end = offsets[-1] + section.numel()
+        block = torch.zeros(end, dtype=torch.uint8)
+        for offset, section in zip(offsets, sections, strict=True):
+            block[offset : offset + section.numel()] = section
+        return [block]
 
     def number(self, value: int) -> None:
         """Add a number to the header."""
@@ -83,10 +94,10 @@ class Packer:
         transformed = stride == 1 and size == 3 and not self._layout.pairs and in_channels >= _WINOGRAD_CHANNELS
         self._header += [size, padded, out_channels, int(transformed)]
         if transformed:
-            self._tensors.append(self._panels(_winograd(weight)))
+            self._sections.append(self._panels(_winograd(weight)))
         else:
             depth = F.pad(weight, (0, 0, 0, 0, 0, padded - in_channels)).permute(2, 3, 1, 0).reshape(1, -1, out_channels)
-            self._tensors.append(self._pairs(depth) if self._layout.pairs else self._panels(depth.float()))
+            self._sections.append(self._pairs(depth) if self._layout.pairs else self._panels(depth.float()))
         self._vector(bias, out_channels)
 
     def depthwise(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -94,7 +105,7 @@ class Packer:
         channels, _, size, _ = weight.shape
         self._header += [size, channels]
         columns = weight.float().reshape(channels, -1).t()
-        self._tensors.append(F.pad(columns, (0, self._padding(channels))).contiguous())
+        self._sections.append(F.pad(columns, (0, self._padding(channels))).contiguous())
         self._vector(bias, channels)
 
     def norm(self, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -109,7 +120,7 @@ class Packer:
 
     def _vector(self, values: Tensor | None, channels: int) -> None:
         given = torch.zeros(channels) if values is None else values.float()
-        self._tensors.append(F.pad(given, (0, self._padding(channels))))
+        self._sections.append(F.pad(given, (0, self._padding(channels))))
 
     def _panels(self, depth: Tensor) -> Tensor:
         # (groups, depth, columns[, 2]) -> [panel][group][depth][width][2]

@@ -63,7 +63,9 @@ def test_packed_weights_of_another_kind_are_an_error() -> None:
     half = random_call("gn_mlp", channels=16, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="Pack again"):
         op.overload(*half.args, tensors, "cpu", "cpu")
-    for wrong in (tensors[:-1], [tensors[0], *tensors[2:], tensors[1]], []):
+    other = OPERATORS["conv_act"].pack(*OPERATORS["conv_act"].weights(random_call("conv_act", channels=16).args), backend="cpu")
+    block = tensors[0]
+    for wrong in ([], other.tensors, [block[:-64]], [torch.cat([block, block])], [block[:3]], [block.float()]):
         with pytest.raises(RuntimeError, match="packed"):
             op.overload(*call.args, wrong, "cpu", "cpu")
 
