@@ -156,6 +156,8 @@ def choose(
 
     rejected: list[tuple[str, str]] = []
     for candidate in backends.PRIORITY:
+        if device_type not in backends.load(candidate).DEVICES:
+            continue
         reason = refusal(candidate)
         if reason is None:
             why = "first choice of auto" if not rejected else "first in auto's order that can serve the call"

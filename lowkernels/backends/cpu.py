@@ -11,6 +11,7 @@ from ..cpu import build
 
 NAME = "cpu"
 KERNEL = "cpu"
+DEVICES = ("cpu",)
 
 
 def unavailable(device_type: str) -> str | None:

@@ -6,6 +6,7 @@ import torch
 
 NAME = "eager"
 KERNEL = "reference"
+DEVICES = ("cpu", "cuda")
 
 
 def unavailable(device_type: str) -> str | None:

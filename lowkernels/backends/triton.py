@@ -16,6 +16,7 @@ from . import INTERPRETING
 
 NAME = "triton"
 KERNEL = "triton"
+DEVICES = ("cpu",) if INTERPRETING else ("cuda",)
 
 MINIMUM_ARCH = (8, 0)
 

@@ -25,6 +25,7 @@ class Probe:
     """
 
     KERNEL = "probe"
+    DEVICES = ("cpu",)
 
     def __init__(self) -> None:
         self.missing: str | None = None

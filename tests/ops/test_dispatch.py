@@ -117,6 +117,12 @@ def test_auto_goes_on_and_keeps_the_reason(probe: Probe, operator: str, attribut
     assert probe.asked_about_devices[0] == "cpu"
 
 
+def test_auto_does_not_ask_backends_of_other_devices(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "DEVICES", ("cuda",))
+    choice = call()
+    assert (choice.backend, choice.rejected, probe.asked_about_devices) == ("eager", (), [])
+
+
 def test_auto_without_any_backend(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "PRIORITY", (NAME,))
     probe.missing = "switched off"
