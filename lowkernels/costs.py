@@ -75,7 +75,8 @@ class _Recorder(TorchDispatchMode):
             call = _complete(operator, args)
             self.blocks.append(Block(operator, call, of_call(operator, call)))
         elif func in (_aten.mm.default, _aten.addmm.default):
-            self.blocks.append(_linear(*args[-2:], bias=args[0] if len(args) == 3 else None))
+            x, weight = args[-2:]
+            self.blocks.append(_linear(x, weight, args[0] if len(args) == 3 else None))
         return func(*args, **(kwargs or {}))
 
 

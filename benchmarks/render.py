@@ -1,0 +1,364 @@
+"""Tables from results files, and their places in the documents.
+
+A document marks a place with ``<!-- benchmarks:NAME:start -->`` and ``<!-- benchmarks:NAME:end -->``; :data:`PLACES` lists the
+names. What stands between the two is written by ``python -m benchmarks render`` and by nobody else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import rows
+from .provenance import ROOT
+from .rows import Results, Row
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+HEADLINE_MODEL, HEADLINE_SIZE = "lowformer_b1", 224
+
+_MARKERS = re.compile(r"(<!-- benchmarks:([a-z0-9-]+):start -->\n)(.*?)(<!-- benchmarks:\2:end -->)", re.DOTALL)
+_DASH = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``value`` with this many significant digits and no exponent; a dash for None."""
+    if value is None:
+        return _DASH
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def ratio(value: float | None) -> str:
+    return _DASH if value is None else f"{value:.2f}x"
+
+
+def percent(value: float | None) -> str:
+    return _DASH if value is None else (f"{100 * value:.1f} %" if value < 0.0995 else f"{100 * value:.0f} %")
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns are flush left, the others flush right."""
+    lines = ["| " + " | ".join(header) + " |"]
+    lines.append("| " + " | ".join("---" if i < left else "---:" for i in range(len(header))) + " |")
+    lines += ["| " + " | ".join(cells) + " |" for cells in body]
+    return "\n".join(lines)
+
+
+def spread(row: Row) -> str:
+    """The median in milliseconds, with half the distance between the quartiles in percent of it."""
+    if row.ms is None or row.ms_low is None or row.ms_high is None:
+        return _DASH
+    half = 50 * (row.ms_high - row.ms_low) / row.ms
+    return f"{'~' if row.disturbed else ''}{number(row.ms)} ±{half:.0f} %"
+
+
+def title(row: Row) -> str:
+    """What the rows of one measurement are about."""
+    dtype = rows.SHORT_DTYPES.get(row.dtype, row.dtype)
+    size = f"{row.size} px, " if row.kind == "model" else ""
+    return f"{row.subject}, {size}batch {row.batch}, {dtype}"
+
+
+def contender_table(group: Sequence[Row]) -> str:
+    """Every contender on one subject, fastest first; those without a time below, with the reason."""
+    timed = sorted((r for r in group if r.ms is not None), key=lambda r: r.ms or 0.0)
+    header = (
+        "contender",
+        "ms per batch",
+        "images/s",
+        "over eager",
+        "over fastest rival",
+        "TFLOP/s",
+        "GB/s",
+        "of product",
+        "of copy",
+        "of floor",
+        "MB",
+        "launches",
+        "turns (dropped)",
+    )
+    body = [
+        (
+            f"**{r.label}**" if r.ours else r.label,
+            spread(r),
+            number(r.images_per_s),
+            ratio(r.to_eager),
+            ratio(r.to_fastest_rival),
+            number(r.tflops),
+            number(r.gb_per_s),
+            percent(r.share_of_product),
+            percent(r.share_of_copy),
+            percent(r.share_of_floor),
+            number(r.peak_memory_mb),
+            _DASH if r.launches is None else str(r.launches),
+            f"{r.turns} ({r.dropped})",
+        )
+        for r in timed
+    ]
+    parts = [table(header, body)] if body else ["No contender could be timed."]
+    served = [f"{r.label}: {_served(r.served)}" for r in timed if r.served]
+    if served:
+        parts.append("Served by: " + "; ".join(served) + ".")
+    parts += notes(group)
+    return "\n\n".join(parts)
+
+
+def _served(counts: dict[str, int]) -> str:
+    return ", ".join(f"{backend} {count}x" for backend, count in sorted(counts.items()))
+
+
+def notes(group: Sequence[Row]) -> list[str]:
+    """What has no time, and why: wrong results first."""
+    wrong = [f"**Wrong, so not timed:** {r.label}: {r.reason}." for r in group if r.status == rows.WRONG]
+    parts = []
+    for status, heading in ((rows.FAILED, "Failed"), (rows.ABSENT, "Absent"), (rows.LEFT_OUT, "Left out")):
+        found = [f"{r.label} ({_escape(r.reason)})" for r in group if r.status == status]
+        if found:
+            parts.append(f"{heading}: " + "; ".join(found) + ".")
+    return [*wrong, *([" ".join(parts)] if parts else [])]
+
+
+def _escape(reason: str | None) -> str:
+    return (reason or "no reason given").replace("|", "\\|").rstrip(".")
+
+
+def best_of(group: Sequence[Row], ours: bool) -> Row | None:
+    """The fastest row that is right, of ours or of the rivals."""
+    return min((r for r in group if r.ours == ours and r.ms is not None), key=lambda r: r.ms or 0.0, default=None)
+
+
+def overview(groups: Iterable[Sequence[Row]]) -> str:
+    """One line a subject: the fastest rival against the fastest of ours, and what was wrong."""
+    header = (
+        "subject",
+        "eager ms",
+        "fastest rival",
+        "its ms",
+        "lowkernels ms",
+        "images/s",
+        "over eager",
+        "over fastest rival",
+        "of floor",
+        "sat out or wrong",
+    )
+    body, gains = [], []
+    for group in groups:
+        rival, our = best_of(group, False), best_of(group, True)
+        eager = next((r for r in group if r.contender == "eager" and not r.graph), None)
+        missing = sum(r.status in (rows.LEFT_OUT, rows.ABSENT) and not r.ours for r in group)
+        bad = [r.label for r in group if r.status in (rows.WRONG, rows.FAILED)]
+        body.append(
+            (
+                title(group[0]),
+                _DASH if eager is None else spread(eager),
+                _DASH if rival is None else rival.label,
+                _DASH if rival is None else spread(rival),
+                _DASH if our is None else spread(our),
+                _DASH if our is None else number(our.images_per_s),
+                _DASH if our is None else ratio(our.to_eager),
+                _DASH if our is None else ratio(our.to_fastest_rival),
+                _DASH if our is None else percent(our.share_of_floor),
+                "; ".join(([f"{missing} sat out"] if missing else []) + bad) or _DASH,
+            )
+        )
+        if our is not None and our.to_fastest_rival is not None:
+            gains.append(our.to_fastest_rival)
+    return table(header, body) + ("\n\n" + tally(gains) if gains else "")
+
+
+def tally(gains: Sequence[float]) -> str:
+    """How often ours was faster than the fastest rival, and by how much over all."""
+    mean = math.exp(sum(math.log(g) for g in gains) / len(gains))
+    wins = sum(g > 1 for g in gains)
+    return f"Faster than the fastest rival on {wins} of {len(gains)}; geometric mean {mean:.2f}x of its speed."
+
+
+def provenance(results: Results) -> str:
+    """Where the numbers come from, in a paragraph, and the ceilings."""
+    run = results.run
+    commit = run.get("commit")
+    state = "no checkout" if commit is None else commit[:12] + (" with uncommitted changes" if run.get("dirty") else "")
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    where = f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else (
+        f"{run['device_name']}, CUDA {run['cuda']}, driver {run['driver']}"
+    )
+    ceilings = "; ".join(_ceilings(results.ceilings))
+    dropped = sum(r.dropped for r in results.rows)
+    kept = sum(r.turns for r in results.rows)
+    flags = (run.get("cpu") or {}).get("flags")
+    lines = [
+        f"Measured on {where}{' (' + ' '.join(flags) + ')' if flags else ''}, {run['date']}, commit {state}.",
+        f"Command: `{run['command']}`. Versions: {versions}.",
+        f"Ceilings measured in the same run: {ceilings}." if ceilings else "",
+        f"Turns: {kept} counted, {dropped} dropped as disturbed, seen by {run['disturbance_seen_by']}.",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _ceilings(facts: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One phrase a dtype; a range where several processes measured."""
+    for dtype in dict.fromkeys(f["dtype"] for f in facts):
+        found = [f for f in facts if f["dtype"] == dtype]
+        product, copy = ([f[key] for f in found] for key in ("tflops", "gb_per_s"))
+        kinds = " or ".join(dict.fromkeys(f["product"] for f in found))
+        yield f"{rows.SHORT_DTYPES.get(dtype, dtype)}: {_range(product)} TFLOP/s ({kinds}), copy {_range(copy)} GB/s"
+
+
+def _range(values: Sequence[float]) -> str:
+    ends = dict.fromkeys((number(min(values)), number(max(values))))
+    return " to ".join(ends)
+
+
+def models_overview(results: Results) -> str:
+    return overview(g for g in results.groups().values() if g[0].kind == "model")
+
+
+def ops_overview(results: Results) -> str:
+    return overview(g for g in results.groups().values() if g[0].kind == "op")
+
+
+def headline(results: Results) -> str:
+    """The headline model at the image size it is known by: every contender's time and ratios, and where they come from."""
+    groups = [
+        g
+        for g in results.groups().values()
+        if (g[0].kind, g[0].subject, g[0].size) == ("model", HEADLINE_MODEL, HEADLINE_SIZE)
+    ]
+    if not groups:
+        return f"{HEADLINE_MODEL} was not measured."
+    header = ("contender", "ms per batch", "images/s", "over eager", "over fastest rival", "of floor")
+    parts = []
+    for group in groups:
+        timed = sorted((r for r in group if r.ms is not None), key=lambda r: r.ms or 0.0)
+        body = [
+            (
+                f"**{r.label}**" if r.ours else r.label,
+                spread(r),
+                number(r.images_per_s),
+                ratio(r.to_eager),
+                ratio(r.to_fastest_rival),
+                percent(r.share_of_floor),
+            )
+            for r in timed
+        ]
+        parts += [f"{title(group[0])}:", table(header, body), *notes(group)]
+    return "\n\n".join([*parts, provenance(results)])
+
+
+def details(results: Results) -> str:
+    """Every measured model in full."""
+    groups = [g for g in results.groups().values() if g[0].kind == "model"]
+    return "\n\n".join(f"#### {title(g[0])}\n\n{contender_table(g)}" for g in groups) or "No model was measured."
+
+
+def unmeasured(results: Results) -> str:
+    """Subjects that were planned and have no rows."""
+    found = [f for f in results.other if f["kind"] == "unmeasured"]
+    return "\n".join(f"- {' '.join(str(k) for k in f['key'][1:])}: {f['reason']}" for f in found)
+
+
+def report(results: Results) -> str:
+    """Everything in a results folder as one Markdown document."""
+    parts = ["# Benchmarks", provenance(results)]
+    if any(r.kind == "model" for r in results.rows):
+        parts += ["## Models", models_overview(results)]
+    if any(r.kind == "op" for r in results.rows):
+        parts += ["## Operators", ops_overview(results)]
+    correctness = [f for f in results.other if f["kind"] == "correctness"]
+    if correctness:
+        parts += ["## Correctness", _correctness(correctness)]
+    tuning = [f for f in results.other if f["kind"] == "tuning"]
+    if tuning:
+        parts += ["## Tuning", f"{len(tuning)} lines in the results file of that name."]
+    parts += ["## Models in full", details(results)]
+    missing = unmeasured(results)
+    if missing:
+        parts += ["## Not measured", missing]
+    return "\n\n".join(parts) + "\n"
+
+
+def _correctness(facts: Sequence[dict[str, object]]) -> str:
+    counts: dict[tuple[str, str], list[int]] = {}
+    bad = []
+    for fact in facts:
+        cell = counts.setdefault((str(fact["backend"]), str(fact["dtype"])), [0, 0, 0])
+        cell[("right", "wrong", "refused").index(str(fact["outcome"]))] += 1
+        if fact["outcome"] == "wrong":
+            bad.append(f"- {fact['backend']}, {fact['dtype']}, {fact['layer']}: {fact['reason']}")
+    body = [(b, d, *(str(c) for c in cells)) for (b, d), cells in counts.items()]
+    return table(("backend", "dtype", "right", "wrong", "refused"), body, left=2) + (
+        "\n\n" + "\n".join(bad) if bad else ""
+    )
+
+
+PLACES: dict[str, Callable[[Results], str]] = {
+    "provenance": provenance,
+    "headline": headline,
+    "models": models_overview,
+    "ops": ops_overview,
+    "details": details,
+}
+"""What can stand in a document, under the name ``<device>-<place>``, device being ``cpu`` or ``gpu``; a place without a device is
+filled for every device there are results of."""
+DEVICES = ("cpu", "gpu")
+
+
+def committed(folder: Path = RESULTS) -> dict[str, Results]:
+    """The results of a folder by device, ``cpu`` and ``gpu``, as far as there are any."""
+    by_device: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        device = "gpu" if rows.read(path).run.get("device") == "cuda" else "cpu"
+        by_device.setdefault(device, []).append(path)
+    return {device: rows.read(*paths) for device, paths in by_device.items()}
+
+
+def filled(text: str, results: dict[str, Results]) -> str:
+    """A document with every marked place written anew.
+
+    Raises:
+        ValueError: a place has an unknown name.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        first, _, rest = match[2].partition("-")
+        devices, place = ((first,), rest) if first in DEVICES else (tuple(results) or DEVICES, match[2])
+        if place not in PLACES:
+            allowed = ", ".join((*PLACES, *(f"{d}-{p}" for d in DEVICES for p in PLACES)))
+            raise ValueError(f"unknown place benchmarks:{match[2]}; allowed are {allowed}")
+        parts = [
+            PLACES[place](results[device]) if device in results else f"Not measured yet on a {device.upper()}."
+            for device in devices
+        ]
+        return "\n\n".join((match[1].rstrip("\n"), *parts, match[4]))
+
+    return _MARKERS.sub(fill, text)
+
+
+def render(documents: Iterable[Path] = DOCUMENTS, folder: Path = RESULTS, check: bool = False) -> list[Path]:
+    """Write the marked places of the documents.
+
+    Args:
+        documents: Markdown files; missing ones are passed over.
+        folder: of the results files.
+        check: change nothing.
+
+    Returns:
+        The documents that were out of date.
+    """
+    results = committed(folder)
+    stale = []
+    for path in documents:
+        if path.exists():
+            text = path.read_text()
+            new = filled(text, results)
+            if new != text:
+                stale.append(path)
+                if not check:
+                    path.write_text(new)
+    return stale
