@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of :func:`report`, in the model's order. ``print(report)`` gives a plain table, ``show()`` the best the terminal can."""
+    """The rows of :func:`report`, in the model's order. ``print(report)`` gives a plain table, ``show()`` the terminal's best."""
 
     rows: tuple[Row, ...]
 
@@ -95,12 +95,17 @@ def report(model: nn.Module) -> Report:
     """Say for every module of ``model`` that was looked at what happened to it and why.
 
     Works on models from :func:`lowkernels.accelerate`, from ``lowformer.create_model`` and on hand-built ones that use
-    ``lowkernels.nn``. After a forward in eval mode it also says which backend ran each block and how many inputs were copied to NHWC.
+    ``lowkernels.nn``. After a forward in eval mode it also says which backend ran each block and how many inputs were copied to
+    NHWC.
 
     Args:
         model: any model.
     """
-    notes: dict[str, Row] = model.__dict__.get(NOTES, {})
+    notes: dict[str, Row] = {}
+    for prefix, module in model.named_modules():
+        for name, row in module.__dict__.get(NOTES, {}).items():
+            full = ".".join(part for part in (prefix, name) if part)
+            notes[full] = replace(row, name=full)
     rows = []
     seen = set()
     for name, module in model.named_modules():

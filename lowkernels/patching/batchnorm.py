@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.block import FusedBlock, has_hooks
+from ..nn.block import FusedBlock
 from ..ops.operator import PackedWeights
 from ..report import Row
-from .patterns import BATCH_NORMS
-from .recording import Own, Recording, Value, record
-
-# Sides of the images a model without an example input is tried on: small first.
-_EXAMPLE_SIZES = (64, 224)
+from .patterns import BATCH_NORMS, NoMatch
+from .recording import Own, Step, Value
+from .trial import Exchanges, Trial
+from .verification import random_twin, unusual_handling
 
 
 class FoldedNormConv(FusedBlock):
@@ -58,10 +56,21 @@ class FoldedNormConv(FusedBlock):
         assert weight is not None
         return F.conv2d(x, weight, bias, **self._config)
 
+    def _ordinary(self, x: Tensor) -> Tensor:
+        if self.training or self._norm[0].training:
+            return super()._ordinary(x)
+        # The norm has stepped aside, whoever wants the ordinary path.
+        return self._call_operator(x, self._live_weights(self._compute_dtype(x.device.type)), None)
+
     def _setup(self, parts: Any, config: Any, backend: str, original: nn.Module | None = None) -> None:
         assert isinstance(original, nn.Conv2d)
         window = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
         super()._setup(parts, {**window, "groups": original.groups}, backend, original)
+
+    def _refresh(self) -> None:
+        # While a model moves, one of the two is still where it was; the other's move comes back here.
+        if len({t.device for _, _, t in self._sources()}) <= 1:
+            super()._refresh()
 
     def freeze(self) -> None:
         """Drop the original weights, as :func:`lowkernels.freeze` does with every block."""
@@ -77,7 +86,7 @@ class FoldedNorm(nn.Module):
         conv: the convolution that includes it.
     """
 
-    _version = 2
+    _version = nn.BatchNorm2d._version
 
     def __init__(self, norm: nn.BatchNorm2d, conv: FoldedNormConv) -> None:
         super().__init__()
@@ -86,6 +95,7 @@ class FoldedNorm(nn.Module):
         self.training = norm.training
         # In tuples, so that neither is a child.
         self._original, self._conv = (norm,), (conv,)
+        self.register_load_state_dict_post_hook(_after_load)
 
     @property
     def original(self) -> nn.BatchNorm2d:
@@ -104,8 +114,22 @@ class FoldedNorm(nn.Module):
         self.original.training = mode
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedNorm:
+        super()._apply(fn, recurse)
+        self._conv[0]._refresh()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # A BatchNorm also takes checkpoints from before it counted batches.
+        self.original._load_from_state_dict(*args)
+
     def extra_repr(self) -> str:
         return f"{self.original.num_features}, in its convolution in eval mode"
+
+
+def _after_load(norm: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(norm, FoldedNorm)
+    norm._conv[0]._refresh()
 
 
 def _after_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -114,117 +138,91 @@ def _after_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def fold_batch_norms(model: nn.Module, example_input: Tensor | None, untouched: set[int], notes: dict[str, Row]) -> int:
+def fold_batch_norms(model: nn.Module, trial: Trial, untouched: set[int], notes: dict[str, Row], exchanges: Exchanges) -> int:
     """Fold every BatchNorm that follows a convolution and nothing else, outside the modules in ``untouched`` (by id).
 
-    The model runs in eval mode before and after; if its output changes by more than rounding, nothing stays folded.
+    Args:
+        model: in eval mode.
+        trial: its run on an example.
+        notes: gets one for each norm that follows a convolution.
+        exchanges: gets the modules.
 
     Returns:
-        The number of norms folded; each has a note.
+        The number of norms folded.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and id(m) not in untouched]
-    if not norms:
-        return 0
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        return _fold(model, example_input, untouched, notes)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module in model.modules():
-            if isinstance(module, FoldedNormConv | FoldedNorm):
-                module.train(module.original.training if module.original is not None else False)
-
-
-def _fold(model: nn.Module, example_input: Tensor | None, untouched: set[int], notes: dict[str, Row]) -> int:
-    try:
-        x, recording = _run(model, example_input)
-    except Exception as error:  # the model is anybody's code
-        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        notes[""] = Row("", type(model).__name__, False, "", f"BatchNorm not folded: the model did not run on the example: {what}")
-        return 0
     modules = dict(model.named_modules())
-    done: list[tuple[str, nn.Module]] = []
-    for conv_name, norm_name in _pairs(recording):
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    folded = 0
+    for conv_name, norm_name in _pairs(trial):
         conv, norm = modules[conv_name], modules[norm_name]
         if id(conv) in untouched or id(norm) in untouched:
             continue
-        reason = _refusal(conv, norm)
+        if any(places[id(m)] > 1 or trial.calls[id(m)] != 1 for m in (conv, norm)):
+            reason = "not folded: it or its convolution is used in two places, or not as a module"
+        else:
+            reason = _refusal(conv, norm)
         if reason:
             notes[norm_name] = Row(norm_name, type(norm).__name__, False, "", reason)
             continue
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        folded = FoldedNormConv(conv, norm)
-        _put(model, conv_name, folded)
-        _put(model, norm_name, FoldedNorm(norm, folded))
-        done += [(conv_name, conv), (norm_name, norm)]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        folded_conv = FoldedNormConv(conv, norm)
+        for name, module in ((conv_name, folded_conv), (norm_name, FoldedNorm(norm, folded_conv))):
+            parent, _, child = name.rpartition(".")
+            exchanges.put(model.get_submodule(parent), child, module)
         notes[norm_name] = Row(norm_name, type(norm).__name__, True, "", f"folded into {conv_name} in eval mode")
-    if not done:
-        return 0
-    with torch.no_grad():
-        after = model(x)
-    before = recording.tensor
-    assert before is not None
-    worst = torch.linalg.vector_norm((after - before).double()) / torch.linalg.vector_norm(before.double())
-    if not worst <= torch.finfo(before.dtype).eps ** 0.5:
-        for name, original in done:
-            _put(model, name, original)
-            notes.pop(name, None)
-        notes[""] = Row("", type(model).__name__, False, "", f"BatchNorm not folded: it changed the output by {worst:.1e}")
-        return 0
-    return len(done) // 2
+        folded += 1
+    return folded
 
 
-def _run(model: nn.Module, example_input: Tensor | None) -> tuple[Tensor, Recording]:
-    if example_input is not None:
-        return example_input, record(model, example_input)
-    like = next(model.parameters())
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    for size in _EXAMPLE_SIZES:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, channels, size, size, generator=generator).to(like.device, like.dtype)
-        try:
-            return x, record(model, x)
-        except Exception:  # the model is anybody's code; it may want the larger image
-            if size == _EXAMPLE_SIZES[-1]:
-                raise
-    raise AssertionError("unreachable: the last size returns or raises")
-
-
-def _pairs(recording: Recording) -> Iterator[tuple[str, str]]:
+def _pairs(trial: Trial) -> Iterator[tuple[str, str]]:
     """Names of (convolution, BatchNorm) where the norm is all that reads the convolution's result, each used once."""
-    producers = {step.result: step for step in recording.steps}
-    readers = Counter(v for step in recording.steps for v in step.args.values() if isinstance(v, Value))
-    used = Counter(v.name for step in recording.steps for v in step.args.values() if isinstance(v, Own))
-    for step in recording.steps:
-        mean, source = step.args.get("running_mean"), step.args.get("input")
-        if step.op not in BATCH_NORMS or not isinstance(mean, Own) or not isinstance(source, Value):
+    steps = trial.recording.steps
+    producers = {step.result: step for step in steps}
+    used = Counter(value for step in steps for value in step.values())
+    used.update(trial.recording.outputs)
+    for step in steps:
+        source = step.args.get("input")
+        conv = producers.get(source) if isinstance(source, Value) and step.op in BATCH_NORMS else None
+        if conv is None or conv.op != "convolution" or used[conv.result] != 1:
             continue
-        conv = producers.get(source)
-        if conv is None or conv.op != "convolution" or readers[source] != 1 or recording.output == source:
+        conv_name, norm_name = _owner(conv, "weight"), _owner(step, "running_mean")
+        if conv_name is None or norm_name is None or used[Own(f"{conv_name}.weight")] != 1:
             continue
-        weight = conv.args["weight"]
-        if isinstance(weight, Own) and used[weight.name] == 1 and used[mean.name] == 1:
-            yield weight.name.removesuffix(".weight"), mean.name.removesuffix(".running_mean")
+        own = {"weight": "weight", "bias": "bias", "running_mean": "running_mean", "running_var": "running_var"}
+        its_own = [Own(f"{norm_name}.{n}") for n in own]
+        given = [step.args[n] for n in own]
+        bias = conv.args["bias"]
+        if bias in (None, Own(f"{conv_name}.bias")) and all(g in (None, o) for g, o in zip(given, its_own, strict=True)):
+            yield conv_name, norm_name
 
 
-def _refusal(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why the pair cannot be folded, or None."""
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+def _owner(step: Step, attribute: str) -> str | None:
+    tensor = step.args.get(attribute)
+    if not isinstance(tensor, Own) or not tensor.name.endswith(f".{attribute}"):
+        return None
+    return tensor.name.removesuffix(f".{attribute}")
+
+
+def _refusal(conv: nn.Module, norm: nn.Module) -> str:
+    """Why the pair cannot be folded, or nothing."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or "forward" in vars(conv):
         return f"not folded: its convolution is a {type(conv).__name__} with code of its own"
     if not isinstance(norm, nn.BatchNorm2d) or not norm.track_running_stats:
         return "not folded: it has no running statistics"
-    if any(has_hooks(m) for m in (conv, *norm.modules())):
-        return "not folded: there are hooks on it or on its convolution"
-    twin = copy.deepcopy(norm).to("cpu", torch.float64)
-    x = torch.randn(2, norm.num_features, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
-    with torch.no_grad():
-        plain = F.batch_norm(x, twin.running_mean, twin.running_var, twin.weight, twin.bias, False, 0.0, twin.eps)
-        same = torch.allclose(twin(x), _after_norm(twin, plain), rtol=torch.finfo(x.dtype).eps ** 0.5)
-    return None if same else "not folded: it does more than normalise and apply its children"
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
+    for what, module, usual in (("its convolution", conv, nn.Conv2d), ("it", norm, nn.BatchNorm2d)):
+        unusual = unusual_handling(module, usual)
+        if unusual:
+            return f"not folded: {what} {unusual}"
+    try:
+        twin = random_twin(norm)
+        assert isinstance(twin, nn.BatchNorm2d)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, norm.num_features, 3, 3, generator=generator, dtype=torch.float64, device="cpu") * 3
+        with torch.no_grad():
+            plain = F.batch_norm(x, twin.running_mean, twin.running_var, twin.weight, twin.bias, False, 0.0, twin.eps)
+            out, expected = twin(x), _after_norm(twin, plain)
+    except NoMatch as reason:
+        return f"not folded: it {reason}"
+    same = isinstance(out, Tensor) and torch.allclose(out, expected, rtol=torch.finfo(x.dtype).eps ** 0.5)
+    return "" if same else "not folded: it does more than normalise and apply its children"

@@ -55,10 +55,12 @@ class _Layer:
 
 
 BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_no_update"}
-# Operations whose presence tells what a block is, for reasons a user can read.
+# Operations whose presence tells what a block is, for reasons a user can read; what tells most comes first.
 _TELLTALES = {
-    "add": "adds before its last layer, as residual networks with an activation at the end do",
-    "mul": "multiplies activations, as squeeze-and-excitation and gates do",
+    "_local_scalar_dense": "reads values of tensors to decide what to do",
+    "bernoulli": "draws random numbers in eval mode, as an acting drop path does",
+    "rand": "draws random numbers in eval mode",
+    "native_dropout": "applies dropout in eval mode",
     "mean": "averages over space inside the block, as squeeze-and-excitation does",
     "_adaptive_avg_pool2d": "averages over space inside the block, as squeeze-and-excitation does",
     "constant_pad_nd": "pads explicitly, as TensorFlow's asymmetric 'same' padding does",
@@ -66,12 +68,10 @@ _TELLTALES = {
     "max_pool2d_with_indices": "pools inside the block",
     "cat": "concatenates, as mixed convolutions do",
     "split_with_sizes": "splits channels, as mixed convolutions do",
-    "bernoulli": "draws random numbers in eval mode, as an acting drop path does",
-    "rand": "draws random numbers in eval mode",
-    "native_dropout": "applies dropout in eval mode",
-    "_local_scalar_dense": "reads values of tensors to decide what to do",
     "native_layer_norm": "has a LayerNorm",
     "addmm": "has a Linear layer",
+    "mul": "multiplies activations, as squeeze-and-excitation and gates do",
+    "add": "adds before its last layer, as residual networks with an activation at the end do",
 }
 # Operations that move numbers and compute none.
 LAYOUT_OPS = {
@@ -181,6 +181,8 @@ def _lowtention(module: nn.Module, recording: Recording) -> Iterator[Match]:
     if len(convs) != 3 or [bool(s.args["transposed"]) for s in convs] != [False, False, True]:
         raise NoMatch("has a transposed convolution, but is not depthwise -> 1x1 -> attention -> transposed")
     _, residual = _strip_residual(recording, recording.output)
+    if sum(s.op == "add" for s in recording.steps) > residual:
+        raise NoMatch("attends, but adds something on the way, as positional encodings do")
     _, qkv, up = convs
     if up.args["groups"] != 1:
         raise NoMatch("has a grouped transposed convolution")
@@ -217,7 +219,7 @@ def _is_scaling(step: Step) -> bool:
     return step.op == "mul" and not isinstance(step.args.get("other"), Value | Own)
 
 
-def _strip_residual(recording: Recording, value: Value) -> tuple[Value, bool]:
+def _strip_residual(recording: Recording, value: Value | Own) -> tuple[Value | Own, bool]:
     step = recording.producer(value)
     if step is None or step.op != "add":
         return value, False
@@ -253,7 +255,8 @@ def _layer(module: nn.Module, recording: Recording, step: Step) -> tuple[_Layer,
         norm = _owner(step.args["running_mean"], "running_mean")
         step, steps = _only_producer(recording, step.args["input"]), steps + 1
     if step.op != "convolution":
-        raise NoMatch(_tell(step.op))
+        present = {s.op for s in recording.steps} - {"add"}
+        raise NoMatch(_tell(next((op for op in _TELLTALES if op in present), step.op)))
     conv = _owner(step.args["weight"], "weight")
     if any(d != 1 for d in step.args["dilation"]):
         raise NoMatch(f"has a dilated convolution ({conv})")

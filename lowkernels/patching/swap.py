@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy as copying
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from ..nn.block import FusedBlock
 from ..report import NOTES, Row
 from .batchnorm import FoldedNorm, FoldedNormConv, fold_batch_norms
 from .patterns import Match, NoMatch
-from .verification import is_candidate, recognise
+from .trial import Exchanges, StandIn, Trial, eval_mode, run, undisturbed
+from .verification import is_candidate, recognise, signature
 
 # Where accelerate() keeps what restore() needs besides the modules: the strides parameters had before channels_last.
 _STRIDES = "_lowkernels_strides"
@@ -36,14 +38,17 @@ def accelerate(
     its operations must form exactly one of the operators, and the operator must then give the same numbers. Whatever is not exactly
     understood stays untouched. :func:`lowkernels.report` says what happened to each module and why, :func:`restore` undoes it.
 
-    Parameters, buffers and the state dict stay the same objects under the same names; the blocks keep one copy of their weights with
-    BatchNorm folded in, which follows changes (see :func:`lowkernels.repack` for those that cannot be seen).
+    Parameters, buffers and the state dict stay the same objects under the same names; the blocks keep one copy of their weights
+    with BatchNorm folded in, which follows changes (see :func:`lowkernels.repack` for those that cannot be seen).
+
+    A block can be an operator and still not be exchangeable: its caller may take it apart or read its attributes. So the model is
+    also tried as a whole, on ``example_input`` in eval mode, before anything is exchanged for good. Where it does not run, that and
+    the folding of BatchNorm are left out; the report says so.
 
     Args:
         model: any model, in train or eval mode, on any device; changed in place.
         backend: what the operators run on: ``"auto"`` or a backend's name.
-        fold_batch_norm: also fold, in eval mode, each BatchNorm that follows a convolution outside the replaced blocks. To see which
-            do, the model runs once on ``example_input``; this is skipped, with the reason in the report, where it does not run.
+        fold_batch_norm: also fold, in eval mode, each BatchNorm that follows a convolution outside the replaced blocks.
         channels_last: lay out the remaining convolutions' weights as channels_last too, which is how the blocks hand on their
             outputs. Left alone if nothing else was changed.
         copy: leave ``model`` alone and change a deep copy.
@@ -59,17 +64,23 @@ def accelerate(
     if copy:
         model = copying.deepcopy(model)
     notes: dict[str, Row] = dict(model.__dict__.get(NOTES, {}))
-    swaps = list(_find_blocks(model, notes))
-    replaced = [(parent, name, match.build(getattr(parent, name), backend)) for parent, name, match in swaps]
-    inside = {id(m) for _, _, block in replaced for m in block.modules()}
-    folded = fold_batch_norms(model, example_input, inside, notes) if fold_batch_norm else 0
-    for parent, name, block in replaced:
-        parent._modules[name] = block
-    if channels_last and (replaced or folded):
-        count = _to_channels_last(model)
-        if count:
-            reason = f"{count} weights of other convolutions laid out as channels_last"
-            notes[""] = Row("", type(model).__name__, False, "", _join(notes.get(""), reason))
+    exchanges = Exchanges()
+    with undisturbed(model):
+        try:
+            with torch.device("cpu"):
+                found = list(_find_blocks(model, notes))
+            swaps = [_Swap(parent, name, full, _build(match, parent, name, backend)) for parent, name, full, match in found]
+            with eval_mode(model):
+                swaps, folded = _try(model, example_input, swaps, fold_batch_norm, notes, exchanges)
+            for swap in swaps:
+                exchanges.put(swap.parent, swap.name, swap.block)
+            if channels_last and (swaps or folded):
+                count = _to_channels_last(model)
+                if count:
+                    _note(model, notes, f"{count} weights of other convolutions laid out as channels_last")
+        except BaseException:
+            exchanges.undo()
+            raise
     model.__dict__[NOTES] = notes
     return model
 
@@ -94,30 +105,128 @@ def restore(model: nn.Module) -> nn.Module:
             original = child.original if isinstance(child, FusedBlock | FoldedNorm | FoldedNormConv) else None
             if original is not None:
                 parent._modules[name] = original
-    parameters = dict(model.named_parameters())
-    for name, stride in model.__dict__.pop(_STRIDES, {}).items():
-        parameter = parameters.get(name)
-        if parameter is not None and parameter.stride() != stride:
-            plain = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
-            parameter.data = plain.copy_(parameter.data)
-    model.__dict__.pop(NOTES, None)
+    for module in modules:
+        module.__dict__.pop(NOTES, None)
+        parameters = dict(module.named_parameters())
+        for name, stride in module.__dict__.pop(_STRIDES, {}).items():
+            parameter = parameters.get(name)
+            if parameter is not None and parameter.stride() != stride:
+                plain = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+                parameter.data = plain.copy_(parameter.data)
     return model
 
 
-def _find_blocks(model: nn.Module, notes: dict[str, Row]) -> Iterator[tuple[nn.Module, str, Match]]:
-    """Yield (parent, name, match) of every module to swap, outermost first; note why the others are not."""
+@dataclass(frozen=True)
+class _Swap:
+    """A block to put in the place of ``parent``'s child ``name``; ``full`` is the dotted name."""
+
+    parent: nn.Module
+    name: str
+    full: str
+    block: FusedBlock
+
+
+def _build(match: Match, parent: nn.Module, name: str, backend: str) -> FusedBlock:
+    original = parent.get_submodule(name)
+    block = match.build(original, backend)
+    if block.training and backend != dispatch.AUTO and not any(p.is_meta for p in block.parameters()):
+        # Weights are packed in eval mode only; whether they ever can be is to be known now.
+        first = next(block.parameters())
+        call = block._arguments(torch.empty(0), block._live_weights(first.dtype))
+        weights = block.operator.weights(call)
+        dispatch.choose(block.operator_name, first.device.type, backend, lambda kernel: kernel.unsupported_weights(*weights))
+    return block
+
+
+def _try(
+    model: nn.Module,
+    example_input: Tensor | None,
+    swaps: list[_Swap],
+    fold_batch_norm: bool,
+    notes: dict[str, Row],
+    exchanges: Exchanges,
+) -> tuple[list[_Swap], int]:
+    """Fold, and leave out the blocks that their callers would miss: a model is tried before anything is swapped for good."""
+    blocks = [s.block for s in swaps] + [m for m in model.modules() if isinstance(m, FusedBlock)]
+    inside = {id(m) for block in blocks for m in block.modules()}
+    norms = any(isinstance(m, nn.BatchNorm2d) and id(m) not in inside for m in model.modules())
+    if not swaps and not (norms and fold_batch_norm):
+        return swaps, 0
+    try:
+        trial = run(model, example_input)
+    except Exception as error:  # the model is anybody's code
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        _note(model, notes, f"not tried as a whole, and BatchNorm not folded: the model did not run on the example: {what}")
+        return swaps, 0
+    before = dict(notes)
+    folded = fold_batch_norms(model, trial, inside, notes, exchanges) if fold_batch_norm else 0
+    stand_ins = Exchanges()
+    try:
+        for swap in swaps:
+            stand_ins.put(swap.parent, swap.name, StandIn(swap.parent.get_submodule(swap.name)))
+        if not trial.problem(model):
+            return swaps, folded
+        stand_ins.undo()
+        problem = trial.problem(model) if folded else ""
+        if problem:
+            exchanges.undo()
+            notes.clear()
+            notes.update(before)
+            folded = 0
+            _note(model, notes, f"BatchNorm not folded: {problem}")
+        return [s for s in swaps if _is_only_called(model, trial, s, stand_ins, notes)], folded
+    finally:
+        stand_ins.undo()
+
+
+def _is_only_called(model: nn.Module, trial: Trial, swap: _Swap, stand_ins: Exchanges, notes: dict[str, Row]) -> bool:
+    """Whether the model does the same with no more of the block than a drop-in module offers; if not, a note says why."""
+    original = swap.parent.get_submodule(swap.name)
+    stand_ins.put(swap.parent, swap.name, StandIn(original))
+    problem = trial.problem(model)
+    if problem:
+        swap.parent._modules[swap.name] = original
+        reason = f"its caller does more with it than call it: without it, {problem}"
+        notes[swap.full] = Row(swap.full, type(original).__name__, False, "", reason)
+    return not problem
+
+
+def _note(model: nn.Module, notes: dict[str, Row], reason: str) -> None:
+    """Note something about the model as a whole."""
+    before = notes.get("")
+    if before is None or reason not in before.reason:
+        notes[""] = Row("", type(model).__name__, False, "", reason if before is None else f"{before.reason}; {reason}")
+
+
+def _find_blocks(model: nn.Module, notes: dict[str, Row]) -> Iterator[tuple[nn.Module, str, str, Match]]:
+    """Yield (parent, name, dotted name, match) of every module to swap, outermost first; note why the others are not."""
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
 
-    def walk(parent: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, Match]]:
+    known: dict[Hashable, Match | str] = {}
+
+    def look_at(module: nn.Module) -> Match:
+        if any(places[id(m)] > 1 for m in module.modules()):
+            raise NoMatch("is, or holds, a module that is used in two places")
+        key = signature(module)
+        found = None if key is None else known.get(key)
+        if found is None:
+            try:
+                found = recognise(module)
+            except NoMatch as reason:
+                found = str(reason)
+            known[key] = found
+        if isinstance(found, str):
+            raise NoMatch(found)
+        return found
+
+    def walk(parent: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str, Match]]:
         for name, child in parent.named_children():
             full = f"{prefix}{name}"
             if isinstance(child, FusedBlock | FoldedNorm | FoldedNormConv):
                 continue
             if is_candidate(child):
                 try:
-                    if any(places[id(m)] > 1 for m in child.modules()):
-                        raise NoMatch("is, or holds, a module that is used in two places")
-                    yield parent, name, recognise(child)
+                    yield parent, name, full, look_at(child)
                     continue
                 except NoMatch as reason:
                     notes[full] = Row(full, type(child).__name__, False, "", str(reason))
@@ -142,8 +251,3 @@ def _to_channels_last(model: nn.Module) -> int:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             count += 1
     return count
-
-
-def _join(row: Row | None, reason: str) -> str:
-    return reason if row is None else f"{row.reason}; {reason}"
-
