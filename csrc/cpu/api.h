@@ -90,8 +90,15 @@ struct GnMlp {
     bool residual;
 };
 
+// How a calling thread's helpers have been doing: on busy cores, waiting for them can cost far more than they contribute.
+struct Helpers {
+    int alone = 0;    // calls still to be made without them
+    int backoff = 0;  // calls to make without them the next time they cost more than they help
+};
+
 struct Context {
     int threads;
+    Helpers* helpers;
     void* (*workspace)(std::size_t bytes);  // 64-byte aligned, valid until the calling thread asks again
 };
 

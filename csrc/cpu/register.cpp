@@ -101,7 +101,8 @@ Context context(double multiplications) {
     (void)registered;
     constexpr double worth_a_team = 1e5;
     const bool alone = forked || at::in_parallel_region() || multiplications < worth_a_team;
-    return {alone ? 1 : at::get_num_threads(), workspace};
+    thread_local Helpers helpers;
+    return {alone ? 1 : at::get_num_threads(), &helpers, workspace};
 }
 
 using Packed = at::TensorList;
