@@ -19,7 +19,7 @@ from .provenance import ROOT
 from .subjects import Layer, layers_of
 from .timing import QUICK, SMOKE, Effort
 
-DEFAULT_OUT = ROOT / "build" / "benchmarks"
+DEFAULT_OUT = ROOT / "bench-out"
 QUICK_S = {"ops": 200.0, "models": 340.0}
 """Seconds that the two parts of ``all --quick`` get, out of ten minutes."""
 DTYPES = {short: getattr(torch, name) for name, short in rows.SHORT_DTYPES.items() if short != "fp64"}
@@ -140,11 +140,11 @@ def _measure(args: argparse.Namespace) -> int:
     if (args.quick or args.smoke) and _chosen(args) != Choice():
         print("--quick and --smoke have plans of their own; leave them out to choose subjects", file=sys.stderr)
         return 2
-    items = _items(args)
+    items = plans.only(_items(args), args.contenders)
     if not items:
         print("no layer has such a name", file=sys.stderr)
         return 2
-    session = runner.session_for(args.device, plans.take_part(args.contenders), _effort(args), time_left)
+    session = runner.session_for(args.device, _effort(args), time_left)
     path = runner.results_file(args.out, args.command, plans.dtypes_of(items), session)
     runner.run_items(items, session, path, small=args.smoke, say=_say)
     runner.finish(path)

@@ -211,7 +211,7 @@ def run_stage(name: str, out: Path, seconds: float, device: str, smoke: bool) ->
     stage = next(s for s in STAGES if s.name == name)
     time_left = runner.deadline(seconds)
     effort = SMOKE if smoke else dataclasses.replace(QUICK, max_s=6.0)
-    session = runner.session_for(device, plans.take_part(None), effort, time_left)
+    session = runner.session_for(device, effort, time_left)
     dtypes = [torch.float32] if smoke else list(plans.DTYPES["cuda"])
     # One file a suite, whatever dtypes a stage has.
     path = runner.results_file(out, stage.suite, [dtype_name(d) for d in dtypes], session)

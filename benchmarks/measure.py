@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowkernels import backends
 from lowkernels.costs import floor_seconds
+from lowkernels.dispatch import AUTO
 from lowkernels.testing.budget import Error, error_budget, measure_error
 
 from . import rows as status
 from .ceilings import Ceilings
-from .rivals import Built, Contender, channels_last
+from .rivals import Built, Contender, channels_last, ours_name
 from .rows import Row, fill_ratios
 from .subjects import Subject, module_channels_last
 from .timing import Clock, Effort, summarize, take_turns
@@ -209,10 +211,11 @@ def capture(run: Callable[[Any], Any], inputs: Sequence[Any]) -> tuple[list[Call
 
 def _drop_doubles(entries: list[Entry]) -> None:
     """A backend asked for by name that does just what ``auto`` does is not measured twice."""
-    auto = {e.row.graph: e.row for e in entries if e.row.ours and e.row.contender.endswith(", auto")}
+    auto = {e.row.graph: e.row for e in entries if e.row.contender == ours_name(AUTO)}
+    named = [ours_name(backend) for backend in backends.PRIORITY]
     for entry in list(entries):
         row, twin = entry.row, auto.get(entry.row.graph)
-        if row.ours and twin is not None and row is not twin and row.served == twin.served:
+        if row.contender in named and twin is not None and row.served == twin.served:
             row.status, row.reason = status.LEFT_OUT, "the same as auto"
             entries.remove(entry)
 

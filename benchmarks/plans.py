@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import lowformer
 
-from .rivals import Contender, contenders
+from .rivals import EAGER, RIVALS, contenders
 from .subjects import (
     SIZES,
     Layer,
@@ -48,8 +48,8 @@ class Item:
 
 
 def without(reason: str, *costs: str, besides: Sequence[str] = ()) -> dict[str, str]:
-    """Leave out the contenders of these building costs, but for those named."""
-    return {c.name: reason for c in contenders() if c.cost in costs and c.name not in besides}
+    """Leave out the rivals of these building costs, but for those named."""
+    return {c.name: reason for c in RIVALS if c.cost in costs and c.name not in besides}
 
 
 def layer_item(
@@ -157,9 +157,15 @@ def smoke_ops(device: str) -> Iterator[Item]:
         yield layer_item(layer, 2, torch.float32, device, left_out)
 
 
-def take_part(pattern: str | None) -> tuple[Contender, ...]:
-    """The contenders whose name the pattern finds; eager always takes part, because ratios need it."""
-    return tuple(c for c in contenders() if pattern is None or c.name == "eager" or re.search(pattern, c.name))
+def only(items: Iterable[Item], pattern: str | None) -> list[Item]:
+    """The items with only those contenders whose name the pattern finds; the others are named in the tables as not asked for.
+
+    Eager always takes part, because ratios need it.
+    """
+    if pattern is None:
+        return list(items)
+    unasked = {c.name: "not asked for" for c in contenders() if c.name != EAGER and not re.search(pattern, c.name)}
+    return [replace(item, left_out={**item.left_out, **unasked}) for item in items]
 
 
 def dtypes_of(items: Iterable[Item]) -> list[str]:

@@ -83,6 +83,17 @@ def cache_bytes(device: str) -> int:
     return int(found[1]) * (1 << (10 if found[2] == "K" else 20)) * len(os.sched_getaffinity(0))
 
 
+def free_memory(device: str) -> int:
+    """Bytes that can still be had on the device; without limit where it cannot be found out."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return sys.maxsize
+
+
 def describe(device: str, interference: str) -> dict[str, Any]:
     """The first line of every results file."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}

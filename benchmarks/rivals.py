@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+import lowkernels
 from lowkernels import backends
 from lowkernels.dispatch import AUTO
 
-from .subjects import Subject, module_channels_last
+from .subjects import Subject, module_channels_last, served_by
 
 EAGER = "eager"
 OURS_PREFIX = "lowkernels"
@@ -193,11 +194,14 @@ def _openvino(subject: Subject) -> Built:
     )
 
 
-def _timm(subject: Subject) -> Built:
-    timm = _import_timm()
-    network = timm.create_model(subject.name)
+def _timm_network(subject: Subject) -> nn.Module:
+    network: nn.Module = _import_timm().create_model(subject.name)
     network.load_state_dict(subject.plain().state_dict())
-    return Built(network.eval().to(subject.dtype).to(subject.device))
+    return network.eval().to(subject.dtype).to(subject.device)
+
+
+def _timm(subject: Subject) -> Built:
+    return Built(_timm_network(subject))
 
 
 def _import_timm() -> Any:
@@ -212,6 +216,12 @@ def _import_timm() -> Any:
 def _ours(subject: Subject, backend: str) -> Built:
     run, served = subject.ours(backend)
     return Built(run, channels_last, served=served)
+
+
+def _accelerated(subject: Subject) -> Built:
+    network = _timm_network(subject)
+    lowkernels.accelerate(network)
+    return Built(network, channels_last, served=lambda: served_by(network))
 
 
 def _missing(*modules: str, extra: str) -> str | None:
@@ -284,16 +294,21 @@ def _no_backend(backend: str, subject: Subject) -> str | None:
 
 
 def ours() -> tuple[Contender, ...]:
-    """This library: as ``"auto"`` serves it, and on each of its backends."""
-    return tuple(
+    """This library: as ``"auto"`` serves it, on each of its backends, and put into timm's model by ``accelerate``."""
+    own = (
         Contender(
-            f"{OURS_PREFIX}, {backend}",
+            ours_name(backend),
             functools.partial(_ours, backend=backend),
             functools.partial(_no_backend, backend),
             ours=True,
         )
         for backend in (AUTO, *backends.PRIORITY)
     )
+    return (*own, Contender(f"{OURS_PREFIX}, accelerate(timm)", _accelerated, _no_timm, cost="export", ours=True))
+
+
+def ours_name(backend: str) -> str:
+    return f"{OURS_PREFIX}, {backend}"
 
 
 def contenders() -> tuple[Contender, ...]:

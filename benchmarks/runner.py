@@ -13,7 +13,8 @@ from . import ceilings as ceilings_of
 from . import provenance, rows
 from .measure import Session, measure
 from .plans import Item
-from .rivals import Contender
+from .rivals import contenders
+from .subjects import Subject
 from .timing import Clock, CpuClock, CudaClock, Effort
 
 
@@ -29,13 +30,12 @@ def deadline(seconds: float | None, now: Callable[[], float] = time.monotonic) -
 
 def session_for(
     device: str,
-    contenders: Sequence[Contender],
     effort: Effort,
     time_left: Callable[[], float],
 ) -> Session:
-    """A session whose ceilings are not measured yet."""
+    """A session of all contenders whose ceilings are not measured yet."""
     torch.backends.cudnn.benchmark = True
-    return Session(device, clock_for(device), effort, {}, contenders, time_left)
+    return Session(device, clock_for(device), effort, {}, contenders(), time_left)
 
 
 def results_file(out: Path, suite: str, dtypes: Sequence[str], session: Session) -> Path:
@@ -87,6 +87,12 @@ def _notes(path: Path, stage: str) -> list[dict[str, Any]]:
     return [f for f in rows.read(path).other if f["kind"] in kinds and f["stage"] == stage]
 
 
+def memory_needed(subject: Subject) -> int:
+    """Bytes that the largest step of the subject takes in a few contenders at once: room for what they keep between calls."""
+    largest = max(step.bytes for block in subject.blocks for step in block.steps)
+    return sum(x.numel() * x.element_size() for x in subject.inputs) + 4 * largest
+
+
 def run_items(
     items: Sequence[Item],
     session: Session,
@@ -128,6 +134,10 @@ def run_items(
         started = time.monotonic()
         try:
             subject = item.make(cache)
+            needed, free = memory_needed(subject), provenance.free_memory(session.device)
+            if needed > free:
+                unmeasured(item.key, f"needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
+                continue
             ensure_ceilings(subject.dtype, session, writer, small)
             found = measure(subject, session, item.left_out)
         except Exception as error:

@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -330,6 +331,12 @@ def weights_of(model: str) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in network.state_dict().items()}
 
 
+def served_by(network: nn.Module) -> dict[str, int]:
+    """How many blocks of a model each backend served in its latest forward pass."""
+    calls = [m.last_call for m in network.modules() if isinstance(m, FusedBlock)]
+    return dict(Counter(call[0].backend for call in calls if call is not None))
+
+
 def model_subject(model: str, size: int, batch: int, dtype: torch.dtype, device: str, cache_bytes: int) -> Subject:
     """One LowFormer as a subject."""
     generator = torch.Generator().manual_seed(2)
@@ -344,18 +351,8 @@ def model_subject(model: str, size: int, batch: int, dtype: torch.dtype, device:
 
     def ours(backend: str) -> tuple[Callable[[Tensor], Tensor], Callable[[], dict[str, int]]]:
         # `kernels="eager"` would leave the operators out; the backend of that name is asked for here.
-        network = use_kernels(plain(), backend=backend)
-        run = module_channels_last(network)
-
-        def served() -> dict[str, int]:
-            counts: dict[str, int] = {}
-            for module in network.modules():
-                if isinstance(module, FusedBlock) and module.last_call is not None:
-                    name = module.last_call[0].backend
-                    counts[name] = counts.get(name, 0) + 1
-            return counts
-
-        return run, served
+        network = module_channels_last(use_kernels(plain(), backend=backend))
+        return network, lambda: served_by(network)
 
     recorded = blocks_of(model, size, batch, dtype)
     lengths = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure as measuring
-from benchmarks import plans, rivals, rows, runner
+from benchmarks import plans, provenance, rivals, rows, runner
 from benchmarks.ceilings import Ceilings
 from benchmarks.measure import Session, Truth, measure
 from benchmarks.rivals import Built, Contender
@@ -316,6 +316,14 @@ def test_quick_plans_name_whom_they_leave_out() -> None:
     assert not first.left_out
 
 
+def test_contenders_not_asked_for_are_named_as_that() -> None:
+    (item,) = plans.only([plans.layer_item(SMALL, 1, torch.float32, "cpu")], "^OpenVINO$")
+    assert set(item.left_out.values()) == {"not asked for"}
+    assert set(item.left_out) == {c.name for c in rivals.contenders()} - {"eager", "OpenVINO"}
+    (item,) = plans.only([plans.layer_item(SMALL, 1, torch.float32, "cpu", {"OpenVINO": "slow"})], None)
+    assert item.left_out == {"OpenVINO": "slow"}
+
+
 def test_a_run_goes_on_after_a_subject_that_fails_and_after_one_that_killed_it(tmp_path: Any) -> None:
     path = tmp_path / "x.jsonl"
     path.touch()
@@ -339,6 +347,21 @@ def test_a_run_goes_on_after_a_subject_that_fails_and_after_one_that_killed_it(t
     assert said == []
     runner.finish(path)
     assert {f["kind"] for f in rows.read(path).other} == {"unmeasured"}
+
+
+def test_subjects_that_do_not_fit_into_memory_are_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl"
+    path.touch()
+    s = subject()
+    # Inputs, and four times what the largest step reads and writes: x, 3x3 weights and biases, and 16 channels of 2x6x6.
+    expected = sum(4 * x.numel() for x in s.inputs) + 4 * 4 * (8 * 72 + 16 * 72 + 16 + 16 * 72)
+    assert runner.memory_needed(s) == expected
+    monkeypatch.setattr(provenance, "free_memory", lambda device: expected - 1)
+    item = plans.layer_item(SMALL, 2, torch.float32, "cpu")
+    runner.run_items([dataclasses.replace(item, make=lambda cache: s)], session(), path, say=lambda line: None)
+    fact = rows.read(path).other[-1]
+    assert fact["kind"] == "unmeasured"
+    assert fact["reason"].startswith("needs about 0.0 GB of memory")
 
 
 def test_subjects_after_the_deadline_are_named(tmp_path: Any) -> None:
