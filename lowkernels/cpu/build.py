@@ -8,7 +8,8 @@ of the machine's architecture is compiled; the best one is chosen when the libra
 
 Environment variables: ``LOWKERNELS_CACHE_DIR``, the directory of the cache (default: ``$XDG_CACHE_HOME/lowkernels`` or
 ``~/.cache/lowkernels``); ``LOWKERNELS_JIT=0``, never compile, only use what is built; ``CXX``, the compiler (default: ``g++``);
-``LOWKERNELS_CPU_ISA``, one of :data:`INSTRUCTION_SETS` instead of the best one.
+``LOWKERNELS_CPU_ISA``, one of :data:`INSTRUCTION_SETS` instead of the best one; ``LOWKERNELS_CPU_FLAGS``, further flags for
+compiling and linking, such as a sanitizer's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 CACHE_VARIABLE = "LOWKERNELS_CACHE_DIR"
 JIT_VARIABLE = "LOWKERNELS_JIT"
 ISA_VARIABLE = "LOWKERNELS_CPU_ISA"
+FLAGS_VARIABLE = "LOWKERNELS_CPU_FLAGS"
 
 # Flags of each instruction set, best last. g++ tunes skylake-avx512 for 256-bit vectors unless told otherwise.
 _AVX512 = ("-march=skylake-avx512", "-mprefer-vector-width=512")
@@ -87,6 +89,10 @@ def _abi() -> int:
     return int(torch.compiled_with_cxx11_abi())
 
 
+def _extra_flags() -> list[str]:
+    return os.environ.get(FLAGS_VARIABLE, "").split()
+
+
 @functools.cache
 def library_name() -> str:
     """The library's file name: it holds a digest of the sources, the flags, torch's version and ABI, and the architecture."""
@@ -94,7 +100,8 @@ def library_name() -> str:
     for path in sorted(sources().iterdir()):
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    parts = (_FLAGS.get(platform.machine()), _KERNEL_FLAGS, _TORCH_FLAGS, torch.__version__, _abi(), platform.machine())
+    flags = (_FLAGS.get(platform.machine()), _KERNEL_FLAGS, _TORCH_FLAGS, _extra_flags())
+    parts = (flags, torch.__version__, _abi(), platform.machine())
     digest.update(repr(parts).encode())
     return f"lowkernels_cpu-{digest.hexdigest()[:20]}.so"
 
@@ -159,12 +166,12 @@ def compile_library(output: Path) -> None:
         ]
         for index, arguments in enumerate([registration, *kernels]):
             objects.append(f"{temporary}/{index}.o")
-            commands.append([path, "-c", *arguments, "-o", objects[-1]])
+            commands.append([path, "-c", *arguments, *_extra_flags(), "-o", objects[-1]])
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
             list(pool.map(_run, commands))
         library = f"{temporary}/library.so"
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *_openmp()]
-        _run([path, "-shared", *objects, "-o", library, *libraries])
+        _run([path, "-shared", *_extra_flags(), *objects, "-o", library, *libraries])
         os.replace(library, output)
 
 
