@@ -6,7 +6,7 @@ import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Session:
         ceilings: by dtype.
         contenders: all that may take part.
         time_left: seconds until no further contender should be built.
+        longest: seconds the slowest build so far took, by the contender's cost.
     """
 
     device: str
@@ -44,6 +45,7 @@ class Session:
     ceilings: dict[torch.dtype, Ceilings]
     contenders: Sequence[Contender]
     time_left: Callable[[], float]
+    longest: dict[str, float] = field(default_factory=dict)
 
 
 class Truth:
@@ -114,6 +116,7 @@ def measure(subject: Subject, session: Session, left_out: dict[str, str] | None 
                 row.status = status.LEFT_OUT
                 continue
             entries += _enter(subject, contender, row, truth, found)
+            session.longest[contender.cost] = max(session.longest.get(contender.cost, 0.0), row.build_s or 0.0)
         _drop_doubles(entries)
         turns = take_turns({e.row.label: e.calls for e in entries}, session.clock, session.effort)
         for entry in entries:
@@ -125,13 +128,15 @@ def measure(subject: Subject, session: Session, left_out: dict[str, str] | None 
     return found
 
 
-# Seconds a contender of each kind may take to build, from experience on two cores.
+# Seconds a contender of each kind may take to build, from experience on two cores that had nothing else to do.
 _PATIENCE = {"light": 0.0, "export": 15.0, "compile": 45.0}
 
 
 def _no_time(contender: Contender, session: Session) -> str | None:
-    needed = _PATIENCE[contender.cost]
-    return "no time left to build it" if needed and session.time_left() < needed else None
+    if contender.cost == "light":
+        return None
+    needed = max(_PATIENCE[contender.cost], 1.5 * session.longest.get(contender.cost, 0.0))
+    return "no time left to build it" if session.time_left() < needed else None
 
 
 def _enter(subject: Subject, contender: Contender, row: Row, truth: Truth, found: list[Row]) -> list[Entry]:

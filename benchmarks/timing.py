@@ -122,21 +122,27 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events on the current stream. A GPU of one's own is assumed: nothing here can see another process on it."""
+    """Events on the current stream. A GPU of one's own is assumed: other processes on it cannot be seen, only those that keep this
+    one from launching."""
 
-    source = "CUDA events; other processes on the GPU cannot be seen"
+    def __init__(self) -> None:
+        self.interference: Any = Interference() if Interference.available() else MainThreadInterference()
+        self.source = f"{self.interference.source}; other processes on the GPU cannot be seen"
 
     def turn(self, calls: Sequence[Callable[[], Any]], repetitions: int) -> Turn:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         calls[-1]()
         torch.cuda.synchronize()
         count = len(calls)
+        before = self.interference.read()
         start.record()
         for i in range(repetitions):
             calls[i % count]()
         end.record()
         end.synchronize()
-        return Turn(start.elapsed_time(end) * 1e-3 / repetitions, False)
+        lost = self.interference.between(before, self.interference.read())
+        elapsed = start.elapsed_time(end) * 1e-3
+        return Turn(elapsed / repetitions, lost > DISTURBED_SHARE * elapsed)
 
 
 class Timing(NamedTuple):

@@ -311,9 +311,22 @@ def test_quick_plans_name_whom_they_leave_out() -> None:
     for item in plans.quick_models("cpu"):
         assert set(item.left_out) <= set(RIVALS)
         assert all(reason for reason in item.left_out.values())
-    first = next(plans.quick_models("cpu"))
+    first, *rest = plans.quick_models("cpu")
     assert first.key == ("model", "lowformer_b1", 224, 1, "float32")
-    assert not first.left_out
+    assert set(first.left_out) == {c.name for c in rivals.RIVALS if c.cost == "compile"}
+    # The main model is measured against everybody in the end.
+    assert [item.left_out for item in rest if item.key == first.key] == [{}]
+
+
+def test_no_build_is_begun_that_would_outlast_the_time() -> None:
+    slow = Contender("slow", altered(lambda y: y), cost="compile")
+    s = session(slow, seconds=100)
+    (row,) = measure(subject(), s)
+    assert row.status == rows.OK
+    assert s.longest["compile"] == row.build_s
+    s.longest["compile"] = 70.0
+    (row,) = measure(subject(), s)
+    assert (row.status, row.reason) == (rows.LEFT_OUT, "no time left to build it")
 
 
 def test_contenders_not_asked_for_are_named_as_that() -> None:
