@@ -329,10 +329,12 @@ def report(a: str, b: str, found: Sequence[tuple[Task, Verdict | str]]) -> str:
         )
 
     header = ("subject", "size", "batch", "dtype", "time of B over A", "99 % interval", "noise", "rounds", "verdict")
-    moved = sum(not isinstance(v, str) and v.moved for _, v in found)
+    judged = [v for _, v in found if not isinstance(v, str)]
+    moved = sum(v.moved for v in judged)
+    unjudged = f"; {len(found) - len(judged)} could not be judged" if len(judged) < len(found) else ""
     ordered = sorted(found, key=lambda f: -abs(f[1].change) if not isinstance(f[1], str) and f[1].moved else 1.0)
     return (
-        f"# {a} (A) against {b} (B)\n\n{moved} of {len(found)} moved by more than the noise.\n\n"
+        f"# {a} (A) against {b} (B)\n\n{moved} of {len(judged)} moved by more than the noise{unjudged}.\n\n"
         + render.table(header, [cells(t, v) for t, v in ordered])
         + "\n"
     )
