@@ -20,11 +20,14 @@ class Ceilings:
         flops_per_s: of the fastest large product tried, two operations per multiply-accumulate.
         bytes_per_s: of a large copy, bytes read and written.
         product: which product it was.
+        disturbed: every turn of that product, or of the copy, was disturbed: the device can do more, and no share of these rates
+            is given.
     """
 
     flops_per_s: float
     bytes_per_s: float
     product: str
+    disturbed: bool = False
 
 
 def measure(device: str, dtype: torch.dtype, clock: Clock, effort: Effort, small: bool = False) -> Ceilings:
@@ -55,4 +58,5 @@ def measure(device: str, dtype: torch.dtype, clock: Clock, effort: Effort, small
     fastest = {name: min(turn.seconds for turn in taken) for name, taken in turns.items()}
     rates = {name: flops / fastest[name] for name, (flops, _) in products.items()}
     best = max(rates, key=lambda name: rates[name])
-    return Ceilings(rates[best], 2 * copied / fastest["copy"], best)
+    disturbed = any(all(turn.disturbed for turn in turns[name]) for name in (best, "copy"))
+    return Ceilings(rates[best], 2 * copied / fastest["copy"], best, disturbed)

@@ -231,6 +231,8 @@ def _fill(row: Row, timing: Any, subject: Subject, ceilings: Ceilings) -> None:
     row.turns, row.dropped, row.disturbed = timing.turns, timing.dropped, timing.disturbed
     row.images_per_s = subject.batch / seconds
     row.tflops, row.gb_per_s = subject.flops / seconds / 1e12, subject.bytes / seconds / 1e9
+    if ceilings.disturbed:
+        return
     row.share_of_product = subject.flops / seconds / ceilings.flops_per_s
     row.share_of_copy = subject.bytes / seconds / ceilings.bytes_per_s
     floor = floor_seconds(subject.blocks, ceilings.flops_per_s, ceilings.bytes_per_s)

@@ -207,7 +207,9 @@ def _ceilings(facts: Sequence[dict[str, Any]]) -> Iterator[str]:
         found = [f for f in facts if f["dtype"] == dtype]
         product, copy = ([f[key] for f in found] for key in ("tflops", "gb_per_s"))
         kinds = " or ".join(dict.fromkeys(f["product"] for f in found))
-        yield f"{rows.SHORT_DTYPES.get(dtype, dtype)}: {_range(product)} TFLOP/s ({kinds}), copy {_range(copy)} GB/s"
+        disturbed = " (disturbed, so no shares of it are given)" if any(f.get("disturbed") for f in found) else ""
+        name = rows.SHORT_DTYPES.get(dtype, dtype)
+        yield f"{name}: {_range(product)} TFLOP/s ({kinds}), copy {_range(copy)} GB/s{disturbed}"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -62,6 +62,7 @@ def ensure_ceilings(dtype: torch.dtype, session: Session, writer: rows.Writer, s
             "product": found.product,
             "tflops": round(found.flops_per_s / 1e12, 4),
             "gb_per_s": round(found.bytes_per_s / 1e9, 2),
+            "disturbed": found.disturbed,
         }
     )
 

@@ -318,6 +318,14 @@ def test_quick_plans_name_whom_they_leave_out() -> None:
     assert [item.left_out for item in rest if item.key == first.key] == [{}]
 
 
+def test_no_share_of_disturbed_ceilings() -> None:
+    s = dataclasses.replace(session(RIVALS["eager"]), ceilings={torch.float32: Ceilings(1e9, 1e9, "x", disturbed=True)})
+    (row,) = measure(subject(), s)
+    assert row.ms is not None
+    assert (row.share_of_product, row.share_of_copy, row.share_of_floor, row.floor_ms) == (None,) * 4
+    assert row.tflops is not None
+
+
 def test_no_build_is_begun_that_would_outlast_the_time() -> None:
     slow = Contender("slow", altered(lambda y: y), cost="compile")
     s = session(slow, seconds=100)

@@ -175,3 +175,14 @@ def test_ceilings_are_the_fastest_product_and_the_copy() -> None:
     assert found.product == max(rates, key=lambda k: rates[k])
     assert found.flops_per_s == pytest.approx(max(rates.values()))
     assert found.bytes_per_s == pytest.approx(2 * (1 << 20) / 4e-3)
+    assert not found.disturbed
+
+
+def test_ceilings_of_a_busy_machine_are_said_to_be_disturbed() -> None:
+    class Busy:
+        source = "fixed times"
+
+        def turn(self, calls: Sequence[Callable[[], Any]], repetitions: int) -> Turn:
+            return Turn(1e-3, calls[0]().dtype == torch.uint8)
+
+    assert ceilings.measure("cpu", torch.float32, Busy(), Effort(rounds=2, max_s=0.1), small=True).disturbed
