@@ -52,6 +52,10 @@ class FusedBlock(nn.Module):
     _NORMS: ClassVar[tuple[str, ...]] = ()
 
     backend: str
+    _kept_dtype: torch.dtype | None
+    _packed_for: str | None
+    _signature: list[tuple[dict[str, Any], str, Tensor, int | None, int]] | None
+    _last_call: tuple[Choice, int] | None
 
     def _setup(
         self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None
@@ -191,6 +195,8 @@ class FusedBlock(nn.Module):
         groups = conv.in_channels if role == "dw" else 1
         if conv.groups != groups:
             self._wrong(role, f"has {conv.groups} groups; allowed is {groups}")
+        if role == "dw" and conv.out_channels != groups:
+            self._wrong(role, f"has {conv.out_channels} output channels; allowed is {groups}, one for each input channel")
         if conv.dilation != (1, 1):
             self._wrong(role, f"has dilation {conv.dilation}; allowed is 1")
         for name, value in (("stride", conv.stride), ("padding", conv.padding), ("kernel_size", conv.kernel_size)):
@@ -206,7 +212,7 @@ class FusedBlock(nn.Module):
         first = meta[2 * len(self._NORMS)]
         assert first is not None
         channels = first.shape[0] if self._CONVS[0] == "dw" else first.shape[1]
-        x = torch.empty(1, channels, 16, 16, device="meta")
+        x = torch.empty(1, channels, 16, 16, device="meta", dtype=torch.float32)
         self.operator.infer_shape(*self._arguments(x, meta))
 
     def _watch(self) -> None:
@@ -232,7 +238,8 @@ class FusedBlock(nn.Module):
 
     def _compute_dtype(self, device_type: str) -> torch.dtype:
         weight: Tensor = self._part(self._CONVS[0]).weight
-        if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
+        # Meta tensors have no autocast, not even to ask about.
+        if device_type != "meta" and torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
             return torch.get_autocast_dtype(device_type)
         return weight.dtype
 
@@ -337,10 +344,10 @@ class FusedBlock(nn.Module):
         self._keep("folded", ())
         self._keep("packed", ())
         self._folded_count = self._packed_count = 0
-        self._kept_dtype: torch.dtype | None = None
-        self._packed_for: str | None = None
-        self._signature: list[tuple[dict[str, Any], str, Tensor, int | None, int]] | None = None
-        self._last_call: tuple[Choice, int] | None = None
+        self._kept_dtype = None
+        self._packed_for = None
+        self._signature = None
+        self._last_call = None
 
     def _refresh(self) -> None:
         """In eval mode, make the weights now if need be, so that a trace or a capture finds them."""
