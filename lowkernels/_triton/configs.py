@@ -1,12 +1,13 @@
-"""Which tile sizes a kernel runs with: tables shipped beside this file, and a rule where they have no row.
+"""Which tile sizes a kernel runs with: tables shipped beside this file, and general settings where no row fits.
 
 ``tables/<operator>.json`` holds a list of rows::
 
-    {"arch": [90, 90], "dtype": ["float16", "bfloat16"], "when": {"columns": [129, 256]}, "config": {"BM": 128, ...}}
+    {"arch": [[90, 109]], "dtype": ["float16", "bfloat16"], "when": {"columns": [129, 256]}, "config": {"BM": 128, ...}}
 
-A row serves a call if the compute capability lies in ``arch``, the dtype is listed and every feature named in ``when`` lies in its
-range (bounds included, null for none). The first such row counts. Features are what the operator describes a call by, in coarse
-terms: the batch size is only ever seen as the number of tiles it makes. No tuning happens at run time.
+A row serves a call if the compute capability lies in one of the ranges ``arch``, the dtype is listed ("tf32" is fp32 with products
+in tf32) and every feature named in ``when`` lies in its range (bounds included, null for none). The first such row counts. Features
+are what the operator describes a call by, in coarse terms: the batch size is only ever seen as the number of tiles it makes. No
+tuning happens at run time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def parse(text: str) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or set(row) != {"arch", "dtype", "when", "config"}:
             raise TableError(f"row {number} has not exactly the keys arch, dtype, when, config")
-        ranges = [row["arch"], *(row["when"].values() if isinstance(row["when"], dict) else [None])]
+        if not isinstance(row["arch"], list) or not isinstance(row["when"], dict):
+            raise TableError(f"row {number}: arch is not a list, or when not an object")
+        ranges = [*row["arch"], *row["when"].values()]
         for bounds in ranges:
             if not isinstance(bounds, list) or len(bounds) != 2 or not all(b is None or type(b) is int for b in bounds):
                 raise TableError(f"row {number}: {bounds!r} is not a range [low, high]")
@@ -71,7 +74,7 @@ def _within(value: int, bounds: list[int | None]) -> bool:
 
 def serves(row: dict[str, Any], arch: int, dtype: str) -> bool:
     """Whether a row is for an architecture and a dtype (``"float16"``)."""
-    return _within(arch, row["arch"]) and dtype in row["dtype"]
+    return dtype in row["dtype"] and any(_within(arch, bounds) for bounds in row["arch"])
 
 
 def find(rows: list[dict[str, Any]], arch: int, dtype: str, features: dict[str, int]) -> int | None:
@@ -83,8 +86,16 @@ def find(rows: list[dict[str, Any]], arch: int, dtype: str, features: dict[str, 
     return None
 
 
-def choose(operator: str, arch: int, dtype: torch.dtype, *, fallback: dict[str, int], **features: int) -> dict[str, int]:
-    """The configuration of a call: the fields of ``fallback``, with those of the table's row, if one serves it, instead."""
+def arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """What tables call a dtype: ``"tf32"`` for fp32 with products in tf32, else its name."""
+    return precision if precision == "tf32" else str(dtype).removeprefix("torch.")
+
+
+def choose(operator: str, arch: int, dtype: str, *, fallback: dict[str, int], **features: int) -> dict[str, int]:
+    """The configuration of a call: the fields of ``fallback``, with those of the table's row, if one serves it, instead.
+
+    ``row`` is the number of that row, or -1.
+    """
     rows = table(operator)
-    index = find(rows, arch, str(dtype).removeprefix("torch."), features)
-    return fallback if index is None else {**fallback, **rows[index]["config"]}
+    index = find(rows, arch, dtype, features)
+    return {**fallback, "row": -1} if index is None else {**fallback, **rows[index]["config"], "row": index}

@@ -51,7 +51,8 @@ def output_rows(first, N, HO, WO, BM: tl.constexpr):
 
 @triton.jit
 def window_bits(iy, ix, ok, H, W, KS: tl.constexpr):
-    """Which of a window's rows and columns are inside of the image, one integer an output pixel: bits 0 to KS - 1 and 8 to 7 + KS."""
+    """Which of a window's rows and columns are inside of the image, one integer an output pixel: bits 0 to KS - 1 and 8 to 7 +
+    KS."""
     bits = tl.zeros(iy.shape, tl.int32)
     for t in tl.static_range(KS):
         bits |= (ok & (iy + t >= 0) & (iy + t < H)).to(tl.int32) << t
@@ -63,7 +64,8 @@ def window_bits(iy, ix, ok, H, W, KS: tl.constexpr):
 def load_window(x, origin, bits, step, W, C: tl.constexpr, KS: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr):
     """Block ``step`` of the window matrix, [BM, BK]; zero outside of the images, which ``bits`` (:func:`window_bits`) tells.
 
-    There are ceil(KS * KS * C / BK) blocks. They lie within one tap if BK divides C; FLAT blocks need not, at the price of a tap and a mask per element.
+    There are ceil(KS * KS * C / BK) blocks. They lie within one tap if BK divides C; FLAT blocks need not, at the price of a tap
+    and a mask per element.
     """
     if FLAT:
         k = step * BK + tl.arange(0, BK)

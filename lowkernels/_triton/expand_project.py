@@ -134,8 +134,8 @@ def plan(
     config = configs.choose(
         operator,
         target.arch,
-        x.dtype,
-        fallback={"BM": 64, "BE": 64, "BK": 32, "LIMIT": 256, "TMA": 0, "num_warps": 8, "num_stages": 2},
+        configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
+        fallback={"BM": 64, "BE": 64, "BK": 32, "LIMIT": 256, "GROUPS": 2, "TMA": 0, "num_warps": 8, "num_stages": 2},
         channels=channels,
         columns=out_channels,
         expanded=w1.shape[1],
@@ -144,7 +144,7 @@ def plan(
     flat = channels % 32 != 0
     bk = block(config["BK"], w1.shape[0]) if flat else dividing_block(config["BK"], channels)
     be = block(config["BE"], w1.shape[1])
-    passes, first, second = column_groups(w2.shape[1], config["LIMIT"])
+    passes, first, second = column_groups(w2.shape[1], config["LIMIT"], config["GROUPS"] == 2)
     tma = bool(config["TMA"])
 
     launches = []
@@ -157,7 +157,7 @@ def plan(
         piece = ceil_div(length, PIECES)
         partial = torch.empty((batch, 2, PIECES), dtype=torch.float32, device=x.device)
         launches.append(
-            Launch(statistics_pieces, (batch, PIECES, 1), (x, partial, length, piece), {"PIECES": PIECES, "BS": 4096}, 4, 1)
+            Launch(statistics_pieces, (batch, PIECES, 1), (x, partial, length, piece), {"PIECES": PIECES, "BS": 4096}, {"num_warps": 4, "num_stages": 1, "row": -1})
         )
     launches.append(
         Launch(
@@ -182,8 +182,7 @@ def plan(
                 **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma},
                 **{"BM": config["BM"], "BE": be, "BK": bk, "N1": first, "N2": second},
             },
-            config["num_warps"],
-            config["num_stages"],
+            config,
         )
     )
     return out, launches

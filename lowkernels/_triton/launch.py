@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,15 +42,19 @@ class Launch:
         grid: programs along each axis.
         args: its run-time arguments, in order.
         constants: its compile-time arguments.
-        num_warps, num_stages: as Triton has them.
+        config: what :func:`~lowkernels._triton.configs.choose` gave.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
-    constants: dict[str, Any] = field(default_factory=dict)
-    num_warps: int = 4
-    num_stages: int = 3
+    constants: dict[str, Any]
+    config: dict[str, int]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        return {key: self.config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in self.config}
 
 
 # Kernels are planned for this instead of the tensors' device: ahead-of-time compilation, and tests.
@@ -87,9 +91,7 @@ def run(launches: Sequence[Launch], x: Tensor) -> None:
     """Run launches in order on the current stream of ``x``'s device."""
     with torch.cuda.device_of(x):
         for launch in launches:
-            launch.kernel[launch.grid](
-                *launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-            )
+            launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)
 
 
 def forward(
@@ -187,16 +189,18 @@ def dividing_block(limit: int, size: int) -> int:
     return math.gcd(limit, size & -size)
 
 
-def column_groups(columns: int, limit: int) -> tuple[int, int, int]:
+def column_groups(columns: int, limit: int, two: bool) -> tuple[int, int, int]:
     """Split output columns into (passes, first, second): each pass accumulates ``first`` + ``second`` columns, powers of two.
 
-    One pass, with a second group for what exceeds a power of two, if that fits in ``limit``; else passes of ``limit`` columns.
+    One pass if that fits in ``limit`` columns, else passes of ``limit``. With ``two``, what exceeds a power of two is a second
+    group; without, the first is the next power of two, and some of it is computed for nothing.
     """
+    whole = max(16, power_of_two_above(columns))
     first = max(16, power_of_two_below(columns))
-    rest = columns - first
-    second = max(16, power_of_two_above(rest)) if rest > 0 else 0
-    if first + second <= limit:
-        # Two equal groups are one.
-        return (1, 2 * first, 0) if second == first else (1, first, second)
+    second = max(16, power_of_two_above(columns - first)) if columns > first else 0
+    if two and first + second <= limit and second < first:
+        return 1, first, second
+    if whole <= limit:
+        return 1, whole, 0
     limit = power_of_two_below(limit)
     return ceil_div(columns, limit), limit, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,10 +76,15 @@ def random_layer(layer: Layer, batch: int, dtype: torch.dtype, device: str, seed
     return random_call(operator, **dict(options), batch=batch, dtype=dtype, device=device, seed=seed)
 
 
+@functools.cache
+def _meta_weights(layer: Layer) -> Call:
+    return random_layer(layer, 1, torch.float32, "meta")
+
+
 def meta_layer(layer: Layer, batch: int, dtype: torch.dtype) -> Call:
     """A call of a layer on meta tensors."""
-    operator, args = random_layer(layer, 1, dtype, "meta")
-    x, *rest = args
+    operator, args = _meta_weights(layer)
+    x, *rest = (a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
     larger = torch.empty((batch, *x.shape[1:]), dtype=dtype, device="meta", memory_format=torch.channels_last)
     return Call(operator, (larger, *rest))
 

@@ -123,7 +123,7 @@ def plan(
     config = configs.choose(
         "conv_act",
         target.arch,
-        x.dtype,
+        configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
         fallback={"BM": 64, "BN": 64, "BK": 32, "TMA": 0, "num_warps": 4, "num_stages": 2},
         channels=channels,
         columns=out_channels,
@@ -144,8 +144,7 @@ def plan(
                 **{"PAD": padding, "ACT": act, "RESIDUAL": residual is not None, "POOL": pool, "FLAT": flat},
                 **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma, "BM": bm, "BN": bn, "BK": bk},
             },
-            config["num_warps"],
-            config["num_stages"],
+            config,
         )
     ]
 

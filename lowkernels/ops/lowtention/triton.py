@@ -337,12 +337,13 @@ def plan(
     config = configs.choose(
         "lowtention",
         target.arch,
-        x.dtype,
+        configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
         fallback={"BM": 64, "BC": 64, "BN": 64, "BK": 32, "BU": 64, "BKV": 64, "TMA": 0, "num_warps": 8, "num_stages": 2},
         channels=channels,
         columns=out_channels,
         head=padded,
         tokens=tokens,
+        stride=stride,
         waves=batch // target.processors,
     )
     norm = norm_weight is not None
@@ -359,7 +360,6 @@ def plan(
     common = {"C": channels, "CP": wd.shape[1], "KS": size, "STRIDE": stride, "NORM": norm, "PRECISION": conv, "TMA": tma}
     up = {"CO": out_channels, "COLUMNS": wup.shape[1], "TAPS": 9 if stride == 1 else 4, "RESIDUAL": residual}
     heads = {"HEADS": num_heads, "DP": padded}
-    shape = (config["num_warps"], config["num_stages"])
     project = launch.descriptor(wqkv, bk, bn, tma)
     upsample = launch.descriptor(wup, bi, bu, tma)
     if fused:
@@ -372,7 +372,7 @@ def plan(
                 (x, gamma, beta, wd, bd, project, upsample, bup, y, qkv, o, out, *geometry, images, eps, scale),
                 {**common, **up, **heads, "MATMUL": matmul, "BS": statistics, "BM": bm, "BT": bt, "BC": bc, "BN": bn}
                 | {"BK": bk, "BU": bu, "BI": bi},
-                *shape,
+                config,
             )
         ]
     return out, [
@@ -381,21 +381,21 @@ def plan(
             (batch, ceil_div(tokens, bm), 1),
             (x, gamma, beta, wd, bd, project, y, qkv, *geometry, eps),
             {**common, "WIDTH": 3 * inner, "BS": statistics, "BM": bm, "BC": bc, "BN": bn, "BK": bk},
-            *shape,
+            config,
         ),
         Launch(
             lowtention_attend,
             (batch * num_heads, ceil_div(tokens, bm), 1),
             (qkv, o, tokens, scale),
             {**heads, "PRECISION": matmul, "BQ": bm, "BKV": config["BKV"]},
-            *shape,
+            config,
         ),
         Launch(
             lowtention_up,
             (ceil_div(batch * tokens, bm), stride * stride, ceil_div(out_channels, bu)),
             (o, upsample, bup, x, out, *geometry),
             {**up, "INNER": inner, "STRIDE": stride, "PRECISION": conv, "TMA": tma, "BM": bm, "BN": bu, "BK": bi},
-            *shape,
+            config,
         ),
     ]
 

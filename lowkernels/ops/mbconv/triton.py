@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """mbconv in Triton: one persistent launch; expanded channels pass through a small scratch that stays in the L2 cache.
 
-A program owns a tile: TH x TW output pixels of one image, or NI whole small images. For each chunk of CE expanded channels it expands
-the patch of input under the tile into its scratch, and takes the depthwise convolution from there to a second scratch, which it
-projects in the end; its threads meet at a barrier after each step. Programs loop over tiles, so there is one scratch for each program
-that runs at a time, not for each tile.
+A program owns a tile: TH x TW output pixels of one image, or NI whole small images. For each chunk of CE expanded channels it
+expands the patch of input under the tile into its scratch, and takes the depthwise convolution from there to a second scratch,
+which it projects in the end; its threads meet at a barrier after each step. Programs loop over tiles, so there is one scratch for
+each program that runs at a time, not for each tile.
 
 The scratch is written and read by one program with CTA barriers in between. Triton's interpreter runs a program as one thread, so
 it cannot show a missing barrier here: only a GPU can. It is never read through tensor descriptors, which would need another fence.
@@ -39,8 +39,8 @@ def mbconv(
     N, H, W, HO, WO, TH, TW, PH, PW, NI, tiles_y, tiles_x, tiles,
     C: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CO: tl.constexpr, COLUMNS: tl.constexpr, KS: tl.constexpr,
     STRIDE: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, CE: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, CE: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BE:
+    tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
     """x [N, H, W, C]; w1 [K, E]; b1 [E]; wd [KS * KS, E]; bd [E]; w2 [E, COLUMNS]; b2 [COLUMNS]; out [N, HO, WO, CO].
 
@@ -239,7 +239,7 @@ def plan(
     config = configs.choose(
         "mbconv",
         target.arch,
-        x.dtype,
+        configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
         fallback={"BM": 64, "BP": 64, "BE": 64, "BK": 32, "BR": 32, "BD": 64, "BG": 32, "CE": 512, "LIMIT": 256, "TMA": 0}
         | {"PER_SM": 1, "num_warps": 8, "num_stages": 2},
         channels=channels,
@@ -254,7 +254,7 @@ def plan(
     be = block(config["BE"], w1.shape[1])
     filter_columns, bg = block(config["BD"], w1.shape[1]), block(config["BG"], w1.shape[1])
     chunk = min(config["CE"], max(be, launch.power_of_two_above(w1.shape[1])))
-    _, first, second = column_groups(w2.shape[1], config["LIMIT"])
+    _, first, second = column_groups(w2.shape[1], config["LIMIT"], two=True)
     tma = bool(config["TMA"])
     wide = cut.images * max(height * width * channels, out_height * out_width * out_channels) >= 2**30
     programs = min(tiles, target.processors * config["PER_SM"])
@@ -289,8 +289,7 @@ def plan(
                 **{"BM": bm, "BP": bp, "BE": be, "BK": bk},
                 **{"BR": min(config["BR"], bm), "BD": filter_columns, "BG": bg, "N1": first, "N2": second},
             },
-            config["num_warps"],
-            config["num_stages"],
+            config,
         )
     ]
 

@@ -102,7 +102,7 @@ def plan(
     config = configs.choose(
         "separable_conv",
         target.arch,
-        x.dtype,
+        configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
         fallback={"BM": 64, "BN": 128, "BK": 32, "TMA": 0, "num_warps": 8, "num_stages": 2},
         channels=channels,
         columns=out_channels,
@@ -122,8 +122,7 @@ def plan(
                 **{"STRIDE": stride, "PAD": padding, "DW_ACT": dw_act, "ACT": pw_act, "RESIDUAL": residual},
                 **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma, "BM": bm, "BN": bn, "BK": bk},
             },
-            config["num_warps"],
-            config["num_stages"],
+            config,
         )
     ]
 
