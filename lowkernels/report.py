@@ -75,10 +75,12 @@ class Report:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*_HEADER, caption=f"{len(self.replaced)} of {len(self.rows)} modules replaced")
         for row in self.rows:
-            table.add_row(*row.cells(), style=None if row.replaced else "dim")
+            # As Text: brackets in names and messages are no markup.
+            table.add_row(*map(Text, row.cells()), style=None if row.replaced else "dim")
         return table
 
     def show(self) -> None:

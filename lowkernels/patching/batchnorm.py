@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.block import FusedBlock
-from ..ops.operator import PackedWeights
+from ..ops.operator import Operator, PackedWeights
 from ..report import Row
 from .patterns import BATCH_NORMS, NoMatch
 from .recording import Own, Step, Value
@@ -34,6 +34,11 @@ class FoldedNormConv(FusedBlock):
         self.training = conv.training
         self._norm = (norm,)
         self._setup({"conv": "", "conv_norm": ""}, {}, "auto", conv)
+
+    @property
+    def operator(self) -> Operator:
+        """There is none: looking for one is an AttributeError, as for any other name."""
+        raise AttributeError("FoldedNormConv runs no operator")
 
     def _part(self, role: str) -> Any:
         return self._original[0] if role == "conv" else self._norm[0]

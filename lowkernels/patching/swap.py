@@ -16,11 +16,12 @@ from ..nn.block import FusedBlock
 from ..report import NOTES, Row
 from .batchnorm import FoldedNorm, FoldedNormConv, fold_batch_norms
 from .patterns import Match, NoMatch
-from .trial import Exchanges, StandIn, Trial, eval_mode, run, undisturbed
+from .trial import Exchanges, StandIn, Trial, eval_mode, run, undisturbed, unwrapped
 from .verification import is_candidate, recognise, signature
 
 # Where accelerate() keeps what restore() needs besides the modules: the strides parameters had before channels_last.
 _STRIDES = "_lowkernels_strides"
+_OURS = (FusedBlock, FoldedNorm)
 
 
 def accelerate(
@@ -50,7 +51,8 @@ def accelerate(
         backend: what the operators run on: ``"auto"`` or a backend's name.
         fold_batch_norm: also fold, in eval mode, each BatchNorm that follows a convolution outside the replaced blocks.
         channels_last: lay out the remaining convolutions' weights as channels_last too, which is how the blocks hand on their
-            outputs. Left alone if nothing else was changed.
+            outputs. Left alone if nothing else was changed, and inside of a DistributedDataParallel, which cannot follow it:
+            accelerate first, then wrap.
         copy: leave ``model`` alone and change a deep copy.
         example_input: what the model takes, one tensor; default: a random image of 64 x 64.
 
@@ -63,8 +65,21 @@ def accelerate(
     dispatch.check_name(backend)
     if copy:
         model = copying.deepcopy(model)
+    _accelerate(unwrapped(model), backend, fold_batch_norm, channels_last and not _is_parallel(model), example_input)
+    return model
+
+
+def _is_parallel(model: nn.Module) -> bool:
+    """DistributedDataParallel lays its gradient buckets out like the parameters, once: if those change, gradients go wrong."""
+    return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+
+
+def _accelerate(
+    model: nn.Module, backend: str, fold_batch_norm: bool, channels_last: bool, example_input: Tensor | None
+) -> None:
     notes: dict[str, Row] = dict(model.__dict__.get(NOTES, {}))
     exchanges = Exchanges()
+    strides: dict[str, tuple[int, ...]] = {}
     with undisturbed(model):
         try:
             with torch.device("cpu"):
@@ -74,22 +89,28 @@ def accelerate(
                 swaps, folded = _try(model, example_input, swaps, fold_batch_norm, notes, exchanges)
             for swap in swaps:
                 exchanges.put(swap.parent, swap.name, swap.block)
+            for module in model.modules():
+                if isinstance(module, _OURS) and module.original is not None and module.original.training:
+                    # Made or tried in eval mode, unlike what it replaces.
+                    module.train()
             if channels_last and (swaps or folded):
-                count = _to_channels_last(model)
-                if count:
-                    _note(model, notes, f"{count} weights of other convolutions laid out as channels_last")
+                _to_channels_last(model, strides)
+                if strides:
+                    _note(model, notes, f"{len(strides)} weights of other convolutions laid out as channels_last")
         except BaseException:
             exchanges.undo()
+            _lay_out(model, strides)
             raise
     model.__dict__[NOTES] = notes
-    return model
+    if strides:
+        model.__dict__[_STRIDES] = {**strides, **model.__dict__.get(_STRIDES, {})}
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate`, and ``kernels=`` of ``lowformer.create_model``: every module is the object it was before.
 
     Parameters and buffers are shared with the replaced modules, so their values stay; the layout of weights that were moved to
-    channels_last is what it was.
+    channels_last is what it was, but inside of a DistributedDataParallel, which could not follow it.
 
     Returns:
         ``model``.
@@ -102,18 +123,26 @@ def restore(model: nn.Module) -> nn.Module:
         raise FrozenError("lowkernels.restore: the model was frozen, so the original modules are gone")
     for parent in modules:
         for name, child in list(parent._modules.items()):
-            original = child.original if isinstance(child, FusedBlock | FoldedNorm | FoldedNormConv) else None
+            original = child.original if isinstance(child, _OURS) else None
             if original is not None:
                 parent._modules[name] = original
+    parallel = _is_parallel(model)
     for module in modules:
         module.__dict__.pop(NOTES, None)
-        parameters = dict(module.named_parameters())
-        for name, stride in module.__dict__.pop(_STRIDES, {}).items():
-            parameter = parameters.get(name)
-            if parameter is not None and parameter.stride() != stride:
-                plain = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
-                parameter.data = plain.copy_(parameter.data)
+        strides = module.__dict__.pop(_STRIDES, {})
+        if not parallel:
+            _lay_out(module, strides)
     return model
+
+
+def _lay_out(model: nn.Module, strides: dict[str, tuple[int, ...]]) -> None:
+    """Give parameters the strides they had."""
+    parameters = dict(model.named_parameters())
+    for name, stride in strides.items():
+        parameter = parameters.get(name)
+        if parameter is not None and parameter.stride() != stride:
+            plain = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = plain.copy_(parameter.data)
 
 
 @dataclass(frozen=True)
@@ -222,9 +251,10 @@ def _find_blocks(model: nn.Module, notes: dict[str, Row]) -> Iterator[tuple[nn.M
     def walk(parent: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str, Match]]:
         for name, child in parent.named_children():
             full = f"{prefix}{name}"
-            if isinstance(child, FusedBlock | FoldedNorm | FoldedNormConv):
+            if isinstance(child, _OURS):
                 continue
-            if is_candidate(child):
+            # What holds blocks from an earlier call has been looked at by that.
+            if is_candidate(child) and not any(isinstance(m, _OURS) for m in child.modules()):
                 try:
                     yield parent, name, full, look_at(child)
                     continue
@@ -232,22 +262,19 @@ def _find_blocks(model: nn.Module, notes: dict[str, Row]) -> Iterator[tuple[nn.M
                     notes[full] = Row(full, type(child).__name__, False, "", str(reason))
             yield from walk(child, f"{full}.")
 
-    if is_candidate(model):
+    if is_candidate(model) and not any(isinstance(m, _OURS) for m in model.modules()):
         notes[""] = Row("", type(model).__name__, False, "", "the model itself cannot be swapped in place; its children can")
     yield from walk(model, "")
 
 
-def _to_channels_last(model: nn.Module) -> int:
-    """Lay out the weights of plain convolutions as channels_last; how many changed."""
-    strides: dict[str, tuple[int, ...]] = model.__dict__.setdefault(_STRIDES, {})
+def _to_channels_last(model: nn.Module, strides: dict[str, tuple[int, ...]]) -> None:
+    """Lay out the weights of plain convolutions as channels_last; ``strides`` gets what they were."""
     inside = {id(m) for b in model.modules() if isinstance(b, FusedBlock) for m in b.modules()}
-    count = 0
     for name, module in model.named_modules():
-        if id(module) in inside or not isinstance(module, nn.Conv2d | FoldedNormConv):
-            continue
-        weight = module._parameters.get("weight")
+        plain = isinstance(module, nn.Conv2d) and id(module) not in inside
+        weight = module._parameters.get("weight") if plain or isinstance(module, FoldedNormConv) else None
         if weight is not None and not weight.is_contiguous(memory_format=torch.channels_last):
-            strides.setdefault(f"{name}.weight", weight.stride())
+            strides[f"{name}.weight"] = weight.stride()
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            count += 1
-    return count
+            if isinstance(module, FoldedNormConv):
+                module._refresh()

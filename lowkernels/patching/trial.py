@@ -175,5 +175,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what trains it in parallel or compiles it: running those would communicate, or compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -280,7 +280,8 @@ def _watch(twin: nn.Module) -> tuple[list[Tensor], list[Recording]]:
             return inputs, [record(twin, x) for x in inputs]
         except Exception as error:  # the module is anybody's code
             # The first is the likeliest number, so its error says most.
-            problem = problem or NoMatch(f"does not run on one (N, C, H, W) tensor alone: {type(error).__name__}: {_first_line(error)}")
+            what = f"{type(error).__name__}: {_first_line(error)}"
+            problem = problem or NoMatch(f"does not run on one (N, C, H, W) tensor alone: {what}")
     raise problem or NoMatch("has no convolution that would tell how many channels it takes")
 
 

@@ -53,18 +53,19 @@ def served(block: nn.Module, kind: str, channels: int = 8) -> FusedBlock:
 
 @pytest.mark.parametrize("act", [nn.ReLU6, nn.ReLU, nn.SiLU, nn.Hardswish, nn.Identity, nn.GELU, lambda: nn.GELU("tanh")])
 def test_inverted_residual_is_served(act: Callable[[], nn.Module]) -> None:
-    expected = {nn.ReLU6: "relu6", nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Identity: "none", nn.GELU: "gelu"}
+    expected = {nn.ReLU6: "relu6", nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Identity: "none"}
+    expected[nn.GELU] = "gelu"
     assert served(InvertedResidual(act=act), "mbconv")._config["act"] == expected.get(act, "gelu_tanh")  # type: ignore[call-overload]
 
 
 class Functional(InvertedResidual):
     """The same, written with functions, in place, and with the residual the other way round."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = F.relu6(self.norm1(F.conv2d(input, self.expand.weight)), inplace=True)
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu6(self.norm1(F.conv2d(image, self.expand.weight)), inplace=True)
         x = F.hardtanh(self.norm2(self.depthwise(x)), 0.0, 6.0, inplace=True)
         x = self.norm3(self.project(x))
-        x += input
+        x += image
         return x
 
 
@@ -311,7 +312,8 @@ class BatchNormOfOne(nn.BatchNorm2d):
 
 def test_batch_norms_of_other_kinds() -> None:
     refused(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), BatchNormOfOne(8), nn.ReLU()), "")
-    refused(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()), "batch statistics")
+    untracked = nn.BatchNorm2d(8, track_running_stats=False)
+    refused(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), untracked, nn.ReLU()), "batch statistics")
 
 
 def test_sync_batch_norm() -> None:
@@ -775,7 +777,8 @@ def test_parameters_shared_by_two_blocks_are_followed() -> None:
     for m in (model, plain):
         with torch.no_grad():
             m[0].expand.weight.mul_(3)
-    torch.testing.assert_close(run(model, image(1, 8, 6, 6, dtype=torch.float64)), run(plain, image(1, 8, 6, 6, dtype=torch.float64)))
+    x = image(1, 8, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(run(model, x), run(plain, x))
 
 
 def test_weights_tied_within_a_block_stay_right() -> None:
@@ -835,7 +838,7 @@ class PassesByName(nn.Module):
         self.block, self.other = Functional(), InvertedResidual()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.block(input=self.other(x))
+        y: Tensor = self.block(image=self.other(x))
         return y
 
 
