@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "api.h"
+#include "reader.h"
 
 #define LK_DECLARE(isa)                 \
     namespace isa {                     \
@@ -28,6 +28,8 @@ LK_DECLARE(avx512_bf16)
 #elif defined(__aarch64__)
 LK_DECLARE(neon)
 #endif
+
+void reject(const std::string& problem) { TORCH_CHECK(false, "lowkernels_cpu: ", problem); }
 
 namespace {
 
@@ -107,84 +109,11 @@ Context context(double multiplications) {
 
 using Packed = at::TensorList;
 
-// Reads what lowkernels/cpu/pack.py made: one block of bytes, a header of integers and then the sections in order, each beginning at
-// a multiple of 64 bytes.
-class Reader {
-public:
-    Reader(Packed packed, at::ScalarType dtype) : kernels_(kernels(dtype)) {
-        TORCH_CHECK(packed.size() == 1 && packed[0].device().is_cpu() && packed[0].is_contiguous() && packed[0].scalar_type() == at::kByte,
-                    "lowkernels_cpu: packed is not what pack made");
-        base_ = static_cast<const char*>(packed[0].const_data_ptr());
-        bytes_ = packed[0].numel();
-        const i64 count = bytes_ >= 8 ? *reinterpret_cast<const i64*>(base_) : -1;
-        TORCH_CHECK(count >= 4 && count <= bytes_ / 8, "lowkernels_cpu: packed is not what pack made");
-        header_ = reinterpret_cast<const i64*>(base_);
-        end_ = header_ + count;
-        used_ = count * 8;
-        TORCH_CHECK(header_[1] == kernels_.vector && header_[2] == kernels_.bf16_weights && header_[3] == static_cast<int>(dtype),
-                    "lowkernels_cpu: packed was made for vectors of ", header_[1], " floats, bf16 products ", header_[2], " and dtype ",
-                    header_[3], "; this call has ", kernels_.vector, ", ", kernels_.bf16_weights, " and ", static_cast<int>(dtype),
-                    ". Pack again on this machine for this dtype.");
-        header_ += 4;
-    }
-
-    const Kernels& kernels_for_dtype() const { return kernels_; }
-
-    i64 number() {
-        TORCH_CHECK(header_ < end_, "lowkernels_cpu: packed was made for another operator");
-        return *header_++;
-    }
-
-    Conv conv() {
-        Conv conv{};
-        conv.k = number(), conv.in = number(), conv.out = number();
-        const i64 elements = conv.in * columns(conv.out);
-        if (number())
-            conv.winograd = section<float>(16 * elements);
-        else if (kernels_.bf16_weights)
-            conv.weight = section<bf16>(conv.k * conv.k * elements);
-        else
-            conv.weight = section<float>(conv.k * conv.k * elements);
-        conv.bias = section<float>(panels(conv.out));
-        return conv;
-    }
-
-    Depthwise depthwise() {
-        Depthwise conv{};
-        conv.k = number(), conv.channels = number(), conv.padded = panels(conv.channels);
-        conv.weight = section<float>(conv.k * conv.k * conv.padded);
-        conv.bias = section<float>(conv.padded);
-        return conv;
-    }
-
-    Norm norm(i64 channels, double eps) {
-        if (!number()) return {nullptr, nullptr, eps};
-        const float* weight = section<float>(panels(channels));
-        return {weight, section<float>(panels(channels)), eps};
-    }
-
-    // To be called after everything was read.
-    void finish() const {
-        TORCH_CHECK(header_ == end_ && used_ == bytes_, "lowkernels_cpu: packed was made for another operator");
-    }
-
-private:
-    i64 panels(i64 channels) const { return (channels + 2 * kernels_.vector - 1) / (2 * kernels_.vector) * 2 * kernels_.vector; }
-    i64 columns(i64 channels) const { return (channels + kernels_.vector - 1) / kernels_.vector * kernels_.vector; }
-
-    template <class T>
-    const T* section(i64 elements) {
-        const i64 from = (used_ + 63) / 64 * 64;
-        used_ = from + elements * i64(sizeof(T));
-        TORCH_CHECK(elements >= 0 && used_ <= bytes_, "lowkernels_cpu: packed was made for another operator");
-        return reinterpret_cast<const T*>(base_ + from);
-    }
-
-    const Kernels& kernels_;
-    const char* base_;
-    const i64 *header_, *end_;
-    i64 bytes_, used_;
-};
+Reader read(Packed packed, const at::Tensor& x) {
+    const bool bytes = packed.size() == 1 && packed[0].device().is_cpu() && packed[0].is_contiguous() && packed[0].scalar_type() == at::kByte;
+    if (!bytes) reject("packed is not what pack made");
+    return Reader(packed[0].const_data_ptr(), packed[0].numel(), kernels(x.scalar_type()), static_cast<int>(x.scalar_type()));
+}
 
 void check_image(const at::Tensor& x, i64 channels) {
     TORCH_CHECK(x.device().is_cpu() && x.dim() == 4 && x.size(1) == channels && x.is_contiguous(at::MemoryFormat::ChannelsLast),
@@ -199,14 +128,12 @@ Images images(const at::Tensor& x, const at::Tensor& out, i64 h_out, i64 w_out) 
     return {x.const_data_ptr(), out.mutable_data_ptr(), x.size(0), x.size(2), x.size(3), h_out, w_out};
 }
 
-i64 extent(i64 size, i64 k, i64 stride, i64 padding) { return (size + 2 * padding - k) / stride + 1; }
-
 void check_residual(bool residual, const at::Tensor& x, const at::Tensor& out) {
     TORCH_CHECK(!residual || x.sizes() == out.sizes(), "lowkernels_cpu: residual: the output ", out.sizes(), " has not the shape of x ", x.sizes());
 }
 
 at::Tensor conv_act(const at::Tensor& x, const std::optional<at::Tensor>& residual, Packed packed, i64 act, i64 stride, i64 padding, bool pool) {
-    Reader reader(packed, x.scalar_type());
+    Reader reader = read(packed, x);
     const i64 channels = reader.number();
     const Conv conv = reader.conv();
     reader.finish();
@@ -225,7 +152,7 @@ at::Tensor conv_act(const at::Tensor& x, const std::optional<at::Tensor>& residu
 
 at::Tensor inverted_residual(const at::Tensor& x, Packed packed, bool expands, i64 expand_act, i64 depthwise_act, i64 project_act,
                              i64 stride, i64 padding, bool residual) {
-    Reader reader(packed, x.scalar_type());
+    Reader reader = read(packed, x);
     InvertedResidual call{};
     if (expands) call.expand = reader.conv();
     call.depthwise = reader.depthwise();
@@ -244,7 +171,7 @@ at::Tensor inverted_residual(const at::Tensor& x, Packed packed, bool expands, i
 }
 
 at::Tensor fused_mbconv(const at::Tensor& x, Packed packed, i64 act, i64 stride, i64 padding, bool residual) {
-    Reader reader(packed, x.scalar_type());
+    Reader reader = read(packed, x);
     FusedMBConv call{};
     call.conv = reader.conv();
     call.project = reader.conv();
@@ -261,7 +188,7 @@ at::Tensor fused_mbconv(const at::Tensor& x, Packed packed, i64 act, i64 stride,
 }
 
 at::Tensor lowtention(const at::Tensor& x, Packed packed, double eps, i64 heads, i64 stride, bool residual) {
-    Reader reader(packed, x.scalar_type());
+    Reader reader = read(packed, x);
     Lowtention call{};
     call.norm = reader.norm(x.size(1), eps);
     call.depthwise = reader.depthwise();
@@ -279,7 +206,7 @@ at::Tensor lowtention(const at::Tensor& x, Packed packed, double eps, i64 heads,
 }
 
 at::Tensor gn_mlp(const at::Tensor& x, Packed packed, double eps, i64 act, bool residual) {
-    Reader reader(packed, x.scalar_type());
+    Reader reader = read(packed, x);
     GnMlp call{};
     call.norm = reader.norm(x.size(1), eps);
     call.fc1 = reader.conv();

@@ -8,8 +8,7 @@ of the machine's architecture is compiled; the best one is chosen when the libra
 
 Environment variables: ``LOWKERNELS_CACHE_DIR``, the directory of the cache (default: ``$XDG_CACHE_HOME/lowkernels`` or
 ``~/.cache/lowkernels``); ``LOWKERNELS_JIT=0``, never compile, only use what is built; ``CXX``, the compiler (default: ``g++``);
-``LOWKERNELS_CPU_ISA``, one of :data:`INSTRUCTION_SETS` instead of the best one; ``LOWKERNELS_CPU_FLAGS``, further flags for
-compiling and linking, such as a sanitizer's.
+``LOWKERNELS_CPU_ISA``, one of :data:`INSTRUCTION_SETS` instead of the best one.
 """
 
 from __future__ import annotations
@@ -35,20 +34,19 @@ import torch
 CACHE_VARIABLE = "LOWKERNELS_CACHE_DIR"
 JIT_VARIABLE = "LOWKERNELS_JIT"
 ISA_VARIABLE = "LOWKERNELS_CPU_ISA"
-FLAGS_VARIABLE = "LOWKERNELS_CPU_FLAGS"
 
-# Flags of each instruction set, best last. g++ tunes skylake-avx512 for 256-bit vectors unless told otherwise.
+# Flags of each architecture's instruction sets, best last. g++ tunes skylake-avx512 for 256-bit vectors unless told otherwise.
 _AVX512 = ("-march=skylake-avx512", "-mprefer-vector-width=512")
 _X86 = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": _AVX512,
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
-_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "AMD64": _X86, "aarch64": {"neon": ()}}
+ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "AMD64": _X86, "aarch64": {"neon": ()}}
 INSTRUCTION_SETS: tuple[str, ...] = ("avx2", "avx512", "avx512_bf16", "neon")
 
 _COMMON_FLAGS = ("-std=c++20", "-fopenmp", "-fPIC", "-Wall", "-Wextra")
-_KERNEL_FLAGS = (*_COMMON_FLAGS, "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+KERNEL_FLAGS = (*_COMMON_FLAGS, "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _TORCH_FLAGS = (*_COMMON_FLAGS, "-O2")
 _MINIMUM_GCC = 11
 
@@ -89,10 +87,6 @@ def _abi() -> int:
     return int(torch.compiled_with_cxx11_abi())
 
 
-def _extra_flags() -> list[str]:
-    return os.environ.get(FLAGS_VARIABLE, "").split()
-
-
 @functools.cache
 def library_name() -> str:
     """The library's file name: it holds a digest of the sources, the flags, torch's version and ABI, and the architecture."""
@@ -100,7 +94,7 @@ def library_name() -> str:
     for path in sorted(sources().iterdir()):
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    flags = (_FLAGS.get(platform.machine()), _KERNEL_FLAGS, _TORCH_FLAGS, _extra_flags())
+    flags = (ISA_FLAGS.get(platform.machine()), KERNEL_FLAGS, _TORCH_FLAGS)
     parts = (flags, torch.__version__, _abi(), platform.machine())
     digest.update(repr(parts).encode())
     return f"lowkernels_cpu-{digest.hexdigest()[:20]}.so"
@@ -150,9 +144,9 @@ def compile_library(output: Path) -> None:
     path = compiler()
     if path is None:
         raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++'} is not on PATH")
-    instruction_sets = _FLAGS.get(platform.machine())
+    instruction_sets = ISA_FLAGS.get(platform.machine())
     if instruction_sets is None:
-        raise BuildError(f"there are no kernels for {platform.machine()} processors; there are for {', '.join(_FLAGS)}")
+        raise BuildError(f"there are no kernels for {platform.machine()} processors; there are for {', '.join(ISA_FLAGS)}")
     _check_compiler(path)
     folder, torch_folder = sources(), Path(torch.__file__).parent
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -161,17 +155,17 @@ def compile_library(output: Path) -> None:
         includes = [f"-isystem{torch_folder / 'include'}", f"-isystem{torch_folder / 'include/torch/csrc/api/include'}"]
         registration = [str(folder / "register.cpp"), *_TORCH_FLAGS, *includes, f"-D_GLIBCXX_USE_CXX11_ABI={_abi()}"]
         kernels = [
-            [str(folder / "kernels.cpp"), *_KERNEL_FLAGS, *flags, f"-DLOWKERNELS_ISA={name}"]
+            [str(folder / "kernels.cpp"), *KERNEL_FLAGS, *flags, f"-DLOWKERNELS_ISA={name}"]
             for name, flags in instruction_sets.items()
         ]
         for index, arguments in enumerate([registration, *kernels]):
             objects.append(f"{temporary}/{index}.o")
-            commands.append([path, "-c", *arguments, *_extra_flags(), "-o", objects[-1]])
+            commands.append([path, "-c", *arguments, "-o", objects[-1]])
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
             list(pool.map(_run, commands))
         library = f"{temporary}/library.so"
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *_openmp()]
-        _run([path, "-shared", *_extra_flags(), *objects, "-o", library, *libraries])
+        _run([path, "-shared", *objects, "-o", library, *libraries])
         os.replace(library, output)
 
 
@@ -202,7 +196,7 @@ def unusable() -> str | None:
         return _outcome
     if _outcome == "":
         return None
-    if sys.platform != "linux" or platform.machine() not in _FLAGS:
+    if sys.platform != "linux" or platform.machine() not in ISA_FLAGS:
         return f"the CPU kernels are for Linux on x86_64 and aarch64; this is {sys.platform} on {platform.machine()}"
     if platform.machine() != "aarch64" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
         return "this processor has no AVX2"

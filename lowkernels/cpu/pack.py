@@ -72,7 +72,7 @@ class Packer:
     def tensors(self) -> list[Tensor]:
         """The packed list: one tensor of bytes."""
         header = torch.tensor([len(self._header) + 1, *self._header])
-        sections = [section.contiguous().view(torch.uint8).reshape(-1) for section in (header, *self._sections)]
+        sections = [section.contiguous().reshape(-1).view(torch.uint8) for section in (header, *self._sections)]
         offsets, end = [], 0
         for section in sections:
             offsets.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
