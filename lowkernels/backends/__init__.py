@@ -24,7 +24,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 
 # ``auto`` takes the first backend that can serve a call. Eager serves everything, so what comes after it has to be asked for by
 # name: the interpreter is for tests, exact and very slow.
-PRIORITY: tuple[str, ...] = ("cpu", "eager", "triton") if INTERPRETING else ("triton", "cpu", "eager")
+PRIORITY: tuple[str, ...] = ("cuda", "cpu", "eager", "triton") if INTERPRETING else ("cuda", "triton", "cpu", "eager")
 
 
 @functools.cache

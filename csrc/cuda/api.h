@@ -1,0 +1,66 @@
+// The launchers: plain structs in, a cudaError_t out (0: success, -1: a combination that is not compiled). No torch, no CUDA headers.
+// All pointers are to the current device; activations are NHWC, weights as lowkernels/cuda/pack.py lays them out.
+#pragma once
+
+#include <cstdint>
+
+namespace lowkernels {
+
+enum Dtype { kHalf, kBf16 };
+
+struct Geometry {
+    int n, h, w, c;
+    int ho, wo, co;
+    int kernel, stride, padding;
+    int images, tile_h, tile_w;  // outputs of one CTA
+};
+
+struct SeparableConv {
+    Geometry g;
+    const void* x;
+    const float *dw, *dw_bias;  // [k * k][channels], [channels], channels = c rounded up to whole chunks
+    const void* pw;             // fragments, depth = channels
+    const float* pw_bias;       // [co rounded up to whole groups]
+    void* out;
+    int dw_act, pw_act;
+    bool residual;
+};
+
+struct MBConv {
+    Geometry g;
+    int expanded;  // rounded up to whole chunks
+    const void *x, *expand;
+    const float *expand_bias, *dw, *dw_bias;
+    const void* project;
+    const float* project_bias;
+    void* out;
+    int act;
+    bool residual;
+};
+
+struct Lowtention {
+    int n, h, w, c, co;
+    int grid_h, grid_w, tokens;  // after the depthwise convolution; tokens = grid_h * grid_w
+    int heads, inner;            // channels of all heads together, each head rounded up to 16
+    int kernel, stride;
+    float eps, scale;  // scale: 1 / sqrt(channels of a head), not rounded up
+    const void* x;
+    const float *norm_weight, *norm_bias;  // null: no normalisation
+    const float *dw, *dw_bias;             // channels = c rounded up to 16
+    const void* qkv;                       // fragments; columns q of all heads, k of all heads, v of all heads
+    const void* up;                        // fragments for each parity of the output pixel; depth = (tap row, tap column, inner)
+    const float* up_bias;
+    void* out;
+    bool residual;
+};
+
+extern "C" {
+int lowkernels_separable_conv(const SeparableConv& p, Dtype dtype, int config, void* stream);
+int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream);
+// Its shape follows from its arguments; the configuration is not looked at.
+int lowkernels_lowtention(const Lowtention& p, Dtype dtype, int config, void* stream);
+}
+
+constexpr int kNoSuchConfig = -1;
+
+}  // namespace lowkernels

@@ -1,0 +1,216 @@
+// lowkernels_cuda::*: tensors in, launchers called. The only file that sees torch, and of torch only its stable ABI (2.10 and up).
+//
+// Schemas and fakes are in lowkernels/cuda/library.py. LOWKERNELS_KEY is the dispatch key, CUDA unless the tests' shim says otherwise.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "api.h"
+
+#ifndef LOWKERNELS_KEY
+#define LOWKERNELS_KEY CUDA
+#endif
+
+// Read from the file before it is loaded: a library of other sources is refused.
+extern "C" __attribute__((visibility("default"), used)) const char lowkernels_cuda_version[] = "lowkernels-cuda-version:" LOWKERNELS_VERSION;
+
+#if defined(LOWKERNELS_SHIM)
+extern "C" void shim_announce(const void* data, size_t bytes, int output);
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace lk = lowkernels;
+
+// The current stream of a device. The symbol exists in PyTorch built with CUDA only, and this library loads without it too.
+void* current_stream(int device) {
+    using Function = AOTITorchError (*)(int32_t, void**);
+    static const auto function = []() -> Function {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    STD_TORCH_CHECK(function != nullptr, "lowkernels_cuda: this PyTorch has no CUDA streams: libtorch_cuda.so is not loaded");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+    return stream;
+}
+
+// One call: whose device is current, and which tensors it may touch.
+class Call {
+public:
+    Call(const char* name, const Tensor& x)
+        : name_(name), x_(x), dtype_(x.scalar_type())
+#if !defined(LOWKERNELS_SHIM)
+          ,
+          guard_(x.get_device_index())
+#endif
+    {
+        STD_TORCH_CHECK(dtype_ == ScalarType::Half || dtype_ == ScalarType::BFloat16, name_, ": argument x: allowed dtypes are float16 and bfloat16");
+    }
+
+    lk::Dtype dtype() const { return dtype_ == ScalarType::Half ? lk::kHalf : lk::kBf16; }
+
+    // An NHWC tensor in x's dtype.
+    const void* image(const Tensor& t, const char* argument, bool output = false) const {
+        STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == dtype_, name_, ": argument ", argument, ": must have 4 dimensions and x's dtype");
+        const int64_t expected[] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
+        for (int i = 0; i < 4; i++)
+            STD_TORCH_CHECK(t.size(i) <= 1 || t.stride(i) == expected[i], name_, ": argument ", argument, ": must be NHWC in memory");
+        return pointer(t, argument, output);
+    }
+
+    // Packed weights: contiguous, of x's dtype or fp32, with `count` elements.
+    const void* weights(const Tensor& t, const char* argument, int64_t count) const { return packed(t, argument, dtype_, count); }
+    const float* floats(const Tensor& t, const char* argument, int64_t count) const {
+        return static_cast<const float*>(packed(t, argument, ScalarType::Float, count));
+    }
+
+    void* output(const Tensor& t) const { return const_cast<void*>(image(t, "out", true)); }
+
+    void* stream() const {
+#if defined(LOWKERNELS_SHIM)
+        return nullptr;
+#else
+        return current_stream(x_.get_device_index());
+#endif
+    }
+
+    void check(int error) const {
+        STD_TORCH_CHECK(error != lk::kNoSuchConfig, name_, ": there is no such configuration");
+        STD_TORCH_CHECK(error == 0, name_, ": the launch failed with CUDA error ", error);
+    }
+
+private:
+    const void* pointer(const Tensor& t, const char* argument, bool output) const {
+        const void* data = t.data_ptr();
+        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name_, ": argument ", argument, ": must start on a multiple of 16 bytes");
+        STD_TORCH_CHECK(t.get_device_index() == x_.get_device_index() && t.is_cuda() == x_.is_cuda(), name_, ": argument ", argument,
+                        ": must be on x's device");
+#if defined(LOWKERNELS_SHIM)
+        shim_announce(data, t.numel() * t.element_size(), output);
+#else
+        (void)output;
+#endif
+        return data;
+    }
+
+    const void* packed(const Tensor& t, const char* argument, ScalarType dtype, int64_t count) const {
+        STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == count, name_, ": argument ", argument,
+                        ": was packed for another call: it has ", t.numel(), " elements, needed are ", count);
+        return pointer(t, argument, false);
+    }
+
+    const char* name_;
+    const Tensor& x_;
+    ScalarType dtype_;
+#if !defined(LOWKERNELS_SHIM)
+    torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+constexpr int64_t kChunk = 64, kGroup = 16;
+
+lk::Geometry geometry(const Tensor& x, const Tensor& out, int64_t kernel, int64_t stride, int64_t padding, const std::vector<int64_t>& tile) {
+    STD_TORCH_CHECK(tile.size() == 4 && tile[0] > 0 && tile[1] > 0 && tile[2] > 0, "lowkernels_cuda: argument tile: must be images, height, width and configuration");
+    auto extent = [](const Tensor& t, int i) { return static_cast<int>(t.size(i)); };
+    lk::Geometry g{};
+    g.n = extent(x, 0), g.c = extent(x, 1), g.h = extent(x, 2), g.w = extent(x, 3);
+    g.co = extent(out, 1), g.ho = extent(out, 2), g.wo = extent(out, 3);
+    STD_TORCH_CHECK(g.c % 4 == 0 && g.co % 4 == 0, "lowkernels_cuda: channels are ", g.c, " and ", g.co, "; allowed are multiples of 4");
+    g.kernel = static_cast<int>(kernel), g.stride = static_cast<int>(stride), g.padding = static_cast<int>(padding);
+    g.images = static_cast<int>(tile[0]), g.tile_h = static_cast<int>(tile[1]), g.tile_w = static_cast<int>(tile[2]);
+    STD_TORCH_CHECK(out.size(0) == g.n && g.ho == (g.h + 2 * g.padding - g.kernel) / g.stride + 1 &&
+                        g.wo == (g.w + 2 * g.padding - g.kernel) / g.stride + 1,
+                    "lowkernels_cuda: argument out: has not the shape of the result");
+    return g;
+}
+
+void check_residual(const lk::Geometry& g, bool residual) {
+    STD_TORCH_CHECK(!residual || (g.co == g.c && g.ho == g.h && g.wo == g.w), "lowkernels_cuda: argument residual: x has not the output's shape");
+}
+
+void separable_conv(Tensor x, Tensor dw, Tensor dw_bias, Tensor pw, Tensor pw_bias, Tensor out, int64_t kernel, int64_t stride,
+                    int64_t padding, int64_t dw_act, int64_t pw_act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::separable_conv", x);
+    lk::SeparableConv p{};
+    p.g = geometry(x, out, kernel, stride, padding, tile);
+    const int64_t channels = rounded_up(p.g.c, kChunk), columns = rounded_up(p.g.co, kGroup);
+    p.x = call.image(x, "x");
+    p.dw = call.floats(dw, "dw", kernel * kernel * channels);
+    p.dw_bias = call.floats(dw_bias, "dw_bias", channels);
+    p.pw = call.weights(pw, "pw", channels * columns);
+    p.pw_bias = call.floats(pw_bias, "pw_bias", columns);
+    p.out = call.output(out);
+    check_residual(p.g, residual);
+    p.dw_act = static_cast<int>(dw_act), p.pw_act = static_cast<int>(pw_act), p.residual = residual;
+    call.check(lk::lowkernels_separable_conv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
+}
+
+void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, Tensor out,
+            int64_t kernel, int64_t stride, int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::mbconv", x);
+    lk::MBConv p{};
+    p.g = geometry(x, out, kernel, stride, padding, tile);
+    const int64_t depth = rounded_up(p.g.c, 16), columns = rounded_up(p.g.co, kGroup), expanded = dw_bias.numel();
+    STD_TORCH_CHECK(expanded % kChunk == 0, "lowkernels_cuda::mbconv: argument dw_bias: has ", expanded, " elements, not whole chunks");
+    p.expanded = static_cast<int>(expanded);
+    p.x = call.image(x, "x");
+    p.expand = call.weights(expand, "expand", depth * expanded);
+    p.expand_bias = call.floats(expand_bias, "expand_bias", expanded);
+    p.dw = call.floats(dw, "dw", kernel * kernel * expanded);
+    p.dw_bias = call.floats(dw_bias, "dw_bias", expanded);
+    p.project = call.weights(project, "project", expanded * columns);
+    p.project_bias = call.floats(project_bias, "project_bias", columns);
+    p.out = call.output(out);
+    check_residual(p.g, residual);
+    p.act = static_cast<int>(act), p.residual = residual;
+    call.check(lk::lowkernels_mbconv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
+}
+
+void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, Tensor out, double eps,
+                double scale, int64_t heads, int64_t inner, int64_t kernel, int64_t stride, bool residual) {
+    const Call call("lowkernels_cuda::lowtention", x);
+    STD_TORCH_CHECK(stride == 1 || stride == 2, "lowkernels_cuda::lowtention: argument stride: is ", stride, "; allowed are 1 and 2");
+    STD_TORCH_CHECK(heads > 0 && inner % (16 * heads) == 0, "lowkernels_cuda::lowtention: argument inner: is ", inner, " for ", heads, " heads");
+    lk::Lowtention p{};
+    auto extent = [](const Tensor& t, int i) { return static_cast<int>(t.size(i)); };
+    p.n = extent(x, 0), p.c = extent(x, 1), p.h = extent(x, 2), p.w = extent(x, 3), p.co = extent(out, 1);
+    STD_TORCH_CHECK(p.c % 4 == 0 && p.co % 4 == 0, "lowkernels_cuda: channels are ", p.c, " and ", p.co, "; allowed are multiples of 4");
+    STD_TORCH_CHECK(out.size(0) == p.n && out.size(2) == p.h && out.size(3) == p.w, "lowkernels_cuda: argument out: has not the shape of the result");
+    STD_TORCH_CHECK(!residual || p.co == p.c, "lowkernels_cuda: argument residual: x has not the output's shape");
+    p.grid_h = static_cast<int>((p.h + stride - 1) / stride), p.grid_w = static_cast<int>((p.w + stride - 1) / stride);
+    p.tokens = p.grid_h * p.grid_w;
+    p.heads = static_cast<int>(heads), p.inner = static_cast<int>(inner);
+    p.kernel = static_cast<int>(kernel), p.stride = static_cast<int>(stride);
+    p.eps = static_cast<float>(eps), p.scale = static_cast<float>(scale);
+    const int64_t depth = rounded_up(p.c, kGroup), columns = rounded_up(p.co, kGroup), taps = stride == 1 ? 9 : 16;
+    p.x = call.image(x, "x");
+    STD_TORCH_CHECK(norm.empty() || norm.size() == 2, "lowkernels_cuda::lowtention: argument norm: has ", norm.size(), " tensors; allowed are 0 and 2");
+    if (!norm.empty()) {
+        p.norm_weight = call.floats(norm[0], "norm[0]", depth);
+        p.norm_bias = call.floats(norm[1], "norm[1]", depth);
+    }
+    p.dw = call.floats(dw, "dw", kernel * kernel * depth);
+    p.dw_bias = call.floats(dw_bias, "dw_bias", depth);
+    p.qkv = call.weights(qkv, "qkv", depth * 3 * inner);
+    p.up = call.weights(up, "up", taps * inner * columns);
+    p.up_bias = call.floats(up_bias, "up_bias", columns);
+    p.out = call.output(out);
+    p.residual = residual;
+    call.check(lk::lowkernels_lowtention(p, call.dtype(), 0, call.stream()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lowkernels_cuda, LOWKERNELS_KEY, m) {
+    m.impl("separable_conv", TORCH_BOX(&separable_conv));
+    m.impl("mbconv", TORCH_BOX(&mbconv));
+    m.impl("lowtention", TORCH_BOX(&lowtention));
+}

@@ -1,0 +1,162 @@
+// What the kernels know of the machine. This is the only file with PTX or compiler intrinsics; the kernels are plain C++ on top of it.
+//
+// Compiled by nvcc it is the device. With LOWKERNELS_SHIM the tests' shim.h provides the same names, and the kernels run on a CPU.
+//
+// Terms: a *fragment* is one warp's share of a matrix in registers, laid out as mma.m16n8k16 wants it; a *group* is 16 columns, two
+// n8 fragments. Lane l of a warp has row = l / 4 (and row + 8) and quad = l % 4.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lowkernels {
+
+// 16-bit floats are bits; arithmetic is fp32.
+struct half_t {
+    uint16_t bits;
+};
+struct bf16_t {
+    uint16_t bits;
+};
+
+struct alignas(8) Bits4 {
+    uint32_t low, high;  // four 16-bit floats
+};
+struct alignas(16) Bits8 {
+    uint32_t word[4];
+};
+struct alignas(16) Float4 {
+    float v[4];
+};
+
+}  // namespace lowkernels
+
+#if defined(LOWKERNELS_SHIM)
+#include "shim.h"
+#else
+
+#include <cuda_runtime.h>
+
+#define LK_DEVICE __device__ __forceinline__
+#define LK_KERNEL(threads, ctas) __global__ void __launch_bounds__(threads, ctas)
+
+namespace lowkernels {
+
+LK_DEVICE int thread_index() { return threadIdx.x; }
+LK_DEVICE int block_x() { return blockIdx.x; }
+LK_DEVICE int block_y() { return blockIdx.y; }
+
+LK_DEVICE unsigned char* dynamic_shared() {
+    extern __shared__ __align__(128) unsigned char lowkernels_shared[];
+    return lowkernels_shared;
+}
+
+LK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+LK_DEVICE void block_sync() { __syncthreads(); }
+LK_DEVICE void warp_sync() { __syncwarp(); }
+LK_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+
+// Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8, 16 bytes each.
+LK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+LK_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// d[16 x 8] += a[16 x 16] b[16 x 8], fp32 accumulators.
+LK_DEVICE void mma(half_t, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+LK_DEVICE void mma(bf16_t, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Copies BYTES from global to shared memory, or fills with zeros without reading where `valid` is false.
+template <int BYTES>
+LK_DEVICE void cp_async(void* to, const void* from, bool valid) {
+    static_assert(BYTES == 8 || BYTES == 16, "cp.async copies 8 or 16 bytes here");
+    const int bytes = valid ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+}
+
+LK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's latest groups are still under way.
+template <int PENDING>
+LK_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Two floats, rounded to nearest even, low first.
+LK_DEVICE uint32_t pack2(half_t, float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+LK_DEVICE uint32_t pack2(bf16_t, float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+LK_DEVICE float unpack_low(half_t, uint32_t bits) {
+    float value;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(value) : "r"(bits));
+    return value;
+}
+
+LK_DEVICE float unpack_high(half_t, uint32_t bits) {
+    float value;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(bits));
+    return value;
+}
+
+LK_DEVICE float unpack_low(bf16_t, uint32_t bits) { return __uint_as_float(bits << 16); }
+LK_DEVICE float unpack_high(bf16_t, uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); }
+
+LK_DEVICE float exponential(float x) { return expf(x); }
+LK_DEVICE float error_function(float x) { return erff(x); }
+LK_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+LK_DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
+
+struct Grid {
+    int64_t x;
+    int y;
+};
+
+// Returns a cudaError_t; 0 is success.
+template <typename Params>
+int launch(void (*kernel)(Params), Grid grid, int threads, size_t shared, void* stream, const Params& params) {
+    // Above 48 KB a kernel has to be told, on each device. The call is cheap next to a launch.
+    if (shared > 48 * 1024) {
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (error != cudaSuccess) {
+            cudaGetLastError();  // or the next caller would be told of this one
+            return error;
+        }
+    }
+    kernel<<<dim3(static_cast<unsigned>(grid.x), grid.y), threads, shared, static_cast<cudaStream_t>(stream)>>>(params);
+    return cudaGetLastError();
+}
+
+}  // namespace lowkernels
+
+#endif

@@ -1,0 +1,169 @@
+// mbconv: 1x1 expansion, depthwise k x k, 1x1 projection. Sandler et al., "MobileNetV2", arXiv 1801.04381.
+//
+// A CTA keeps the inputs under its tile's window (X) in shared memory, expands 64 channels of them at a time into a window with a
+// border of zeros, convolves, and accumulates the projection in registers. Expanded values are fp16 for fp16 inputs and fp32 for
+// bf16: they are not rounded to bf16 before the depthwise convolution. They never see global memory.
+//
+// Budget of a CTA (256 threads), with c input channels rounded up to 16, r inputs rounded up to 16, w pixels of window:
+//   shared memory  2 (c + 8) r + 4 r + (160 or 320) w + 2304 * tiles bytes
+//   registers      128 and two CTAs an SM up to 128 output columns; 255 and one above
+//   from L2        X once; all projection weights once a CTA, expansion weights 2 * ceil(r / 128) times
+#include "window.cuh"
+
+namespace lowkernels {
+namespace {
+
+template <typename T>
+struct Kept;
+template <>
+struct Kept<half_t> {
+    using type = half_t;
+};
+template <>
+struct Kept<bf16_t> {
+    using type = float;
+};
+
+constexpr int kChunkGroups = kChunk / kGroup;
+constexpr int kExpandWarps = kWarps / kChunkGroups;  // along the rows
+constexpr int kExpandTiles = 3;                      // of a warp at a time; a fourth spills
+
+// The part of the window that lies in the image: the rows of X are its pixels.
+struct Inside {
+    int y, x, h, w;
+};
+
+LK_DEVICE Inside inside_of(const Geometry& g, const Place& p) {
+    Inside in;
+    in.y = p.window_y > 0 ? p.window_y : 0;
+    in.x = p.window_x > 0 ? p.window_x : 0;
+    const int end_y = p.window_y + p.window_h, end_x = p.window_x + p.window_w;
+    in.h = (end_y < g.h ? end_y : g.h) - in.y;
+    in.w = (end_x < g.w ? end_x : g.w) - in.x;
+    return in;
+}
+
+LK_DEVICE int rounded_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// X [rows][row_length(c)], zero where there is no image or no channel.
+template <typename T, int PIECE>
+LK_DEVICE void copy_inputs(const MBConv& p, const Place& place, const Inside& in, T* inputs, int rows, int depth) {
+    constexpr int elements = PIECE / 2;
+    const int pieces = depth / elements, pixels = in.h * in.w;
+    for (int i = thread_index(); i < rows * pieces; i += kThreads) {
+        const int row = i / pieces, channel = i % pieces * elements;
+        const int number = row / pixels, image = place.image + number;
+        const int y = in.y + row % pixels / in.w, x = in.x + row % pixels % in.w;
+        const bool valid = number < p.g.images && image < p.g.n && channel < p.g.c;
+        const int64_t at = ((static_cast<int64_t>(image) * p.g.h + y) * p.g.w + x) * p.g.c + channel;
+        cp_async<PIECE>(inputs + row * row_length(depth) + channel, static_cast<const T*>(p.x) + (valid ? at : 0), valid);
+    }
+    cp_async_commit();
+}
+
+// One chunk: X times 64 columns of the expansion, bias and activation, into the window. `target` says which pixel each row of X is.
+template <typename T, typename W>
+LK_DEVICE void expand(const MBConv& p, const T* inputs, const int* target, int rows, int depth, W* window, int chunk) {
+    const int warp = warp_index(), lane = lane_index();
+    const int group = chunk * kChunkGroups + warp % kChunkGroups, column = lane % 4 * 4;
+    const Bits8* weight = static_cast<const Bits8*>(p.expand) + static_cast<int64_t>(group) * (depth / 16) * kWarp;
+    const Float4 bias = load4(p.expand_bias + group * kGroup + column);
+    const int tiles = rows / 16;
+    for (int first = warp / kChunkGroups; first < tiles; first += kExpandWarps * kExpandTiles) {
+        const int live = ceil_div(tiles - first, kExpandWarps);
+        uint32_t a[kExpandTiles];
+#pragma unroll
+        for (int m = 0; m < kExpandTiles; m++)
+            a[m] = tile_address(inputs + (first + m * kExpandWarps) * 16 * row_length(depth), row_length(depth));
+        float acc[kExpandTiles][1][2][4];
+        clear(acc);
+        multiply<T>(acc, a, live, weight, 0, depth / 16, 1);
+        add_bias(acc, 0, bias);
+        activate(p.act, acc);
+#pragma unroll
+        for (int m = 0; m < kExpandTiles; m++) {
+            if (m >= live) continue;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int pixel = target[(first + m * kExpandWarps) * 16 + half * 8 + lane / 4];
+                if (pixel < 0) continue;
+                float v[4];
+                four_columns(acc[m][0], half, v);
+                store4(window + pixel * kWindowLength + warp % kChunkGroups * kGroup + column, v);
+            }
+        }
+    }
+}
+
+template <typename T, typename C>
+LK_KERNEL(kThreads, C::kPerSM)
+mbconv(MBConv p) {
+    using W = typename Kept<T>::type;
+    const Place place = place_of(p.g, block_x());
+    const Inside in = inside_of(p.g, place);
+    const int depth = rounded_up(p.g.c, 16), chunks = p.expanded / kChunk;
+    const int rows = rounded_up(p.g.images * in.h * in.w, 16);
+    const int window_pixels = p.g.images * place.window_h * place.window_w;
+    // Sizes are multiples of 16 bytes.
+    T* tile = reinterpret_cast<T*>(dynamic_shared());
+    W* window = reinterpret_cast<W*>(tile + C::kTiles * 16 * kTileLength);
+    T* inputs = reinterpret_cast<T*>(window + window_pixels * kWindowLength);
+    int* target = reinterpret_cast<int*>(inputs + rows * row_length(depth));
+
+    if (p.g.c % 8 == 0)
+        copy_inputs<T, 16>(p, place, in, inputs, rows, depth);
+    else
+        copy_inputs<T, 8>(p, place, in, inputs, rows, depth);
+    for (int row = thread_index(); row < rows; row += kThreads) {
+        const int number = row / (in.h * in.w), pixel = row % (in.h * in.w);
+        const int y = number * place.window_h + in.y - place.window_y + pixel / in.w, x = in.x - place.window_x + pixel % in.w;
+        target[row] = number < p.g.images ? y * place.window_w + x : -1;
+    }
+    // The border stays zero; padding comes after the activation, so no bias may reach it.
+    constexpr int quads = kWindowLength / 4;
+    const float zeros[4] = {};
+    for (int i = thread_index(); i < window_pixels * quads; i += kThreads) store4(window + i * 4, zeros);
+
+    int start[C::kTiles];
+    window_starts(p.g, place, start);
+    Projection<T, C> projection;
+    projection.begin(p.g.co);
+    cp_async_wait<0>();
+    block_sync();  // X, the targets and the border are there
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        expand(p, inputs, target, rows, depth, window, chunk);
+        block_sync();  // the window is whole, and nobody reads D any more
+        depthwise(p.g, place, window, tile, start, p.dw + chunk * kChunk, p.dw_bias + chunk * kChunk, p.expanded, p.act);
+        block_sync();  // D is whole, and nobody reads the window any more
+        projection.add(tile, static_cast<const Bits8*>(p.project), p.expanded / 16, chunk);
+    }
+    projection.store(p.g, place, p.project_bias, kNone, p.residual ? static_cast<const T*>(p.x) : nullptr, static_cast<T*>(p.out));
+}
+
+template <typename C, typename T>
+int launch_config(const MBConv& p, void* stream) {
+    if (p.g.images * p.g.tile_h * p.g.tile_w > C::kTiles * 16) return kNoSuchConfig;
+    auto smaller = [](int a, int b) { return a < b ? a : b; };
+    const size_t window_h = (p.g.tile_h - 1) * p.g.stride + p.g.kernel, window_w = (p.g.tile_w - 1) * p.g.stride + p.g.kernel;
+    const size_t window = p.g.images * window_h * window_w * kWindowLength * sizeof(typename Kept<T>::type);
+    const size_t inside = static_cast<size_t>(p.g.images) * smaller(window_h, p.g.h) * smaller(window_w, p.g.w);
+    const size_t rows = (inside + 15) / 16 * 16, depth = (p.g.c + 15) / 16 * 16;
+    const size_t shared = C::kTiles * 16 * kTileLength * 2 + window + rows * ((depth + 8) * 2 + sizeof(int));
+    return launch(mbconv<T, C>, grid_of(p.g, C::kPass), kThreads, shared, stream, p);
+}
+
+}  // namespace
+
+int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream) {
+    switch (config) {
+#define LK_CASE(number, tiles, warps, groups)                                                                            \
+    case number:                                                                                                         \
+        return dtype == kHalf ? launch_config<Config<tiles, warps, groups>, half_t>(p, stream)                           \
+                              : launch_config<Config<tiles, warps, groups>, bf16_t>(p, stream);
+        LK_CONFIGS(LK_CASE)
+#undef LK_CASE
+        default: return kNoSuchConfig;
+    }
+}
+
+}  // namespace lowkernels

@@ -1,0 +1,309 @@
+"""Building and loading the CUDA kernels of ``csrc/cuda``.
+
+They are compiled by the user's nvcc and g++ into the cache directory of :mod:`lowkernels.cpu.build`, once for each version of the
+sources, the first time an operator asks for them on a machine with a GPU; never at import. ``python -m lowkernels.cuda.build`` does
+it ahead of time and needs no GPU; with ``--output`` it puts the library into a folder, and this one (``lowkernels/cuda``) is looked
+into before the cache. The library uses PyTorch's stable ABI: one file serves PyTorch 2.10 and every later one.
+
+Environment variables: ``TORCH_CUDA_ARCH_LIST``, compute capabilities to compile for, such as ``"8.0;9.0a+PTX"`` (default: those of
+the GPUs here for a build on first use, :data:`ARCHITECTURES` and PTX for later ones ahead of time); ``CUDA_HOME``, where nvcc is if
+it is not on PATH; ``CXX``, nvcc's host compiler (default: ``g++``); and ``LOWKERNELS_CACHE_DIR`` and ``LOWKERNELS_JIT`` as there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ..cpu.build import JIT_VARIABLE, BuildError, cache_folder
+
+ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
+ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
+MINIMUM_CAPABILITY = (8, 0)
+# The first nvcc that knows all of ARCHITECTURES.
+_MINIMUM_NVCC = (12, 8)
+_PREBUILT = "lowkernels_cuda.so"
+_MARKER = b"lowkernels-cuda-version:"
+
+_KERNELS = ("separable_conv", "mbconv", "lowtention")
+_NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
+# TORCH_TARGET_VERSION 2.10: nothing newer than that release's ABI is used.
+_HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+
+_log = logging.getLogger("lowkernels")
+_lock = threading.Lock()
+# None: not tried yet; otherwise "" when loaded, or why it could not be.
+_outcome: str | None = None
+
+
+def sources() -> Path:
+    """The folder of the CUDA sources: in the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "csrc" / "cuda", package.parent / "csrc" / "cuda"):
+        if (folder / "bind.cpp").is_file():
+            return folder
+    raise BuildError(f"the CUDA sources are neither in {package} nor beside it")
+
+
+@functools.cache
+def version() -> str:
+    """What a library must have been built from: a digest of the sources, and of the Python files that lay out its arguments."""
+    digest = hashlib.sha256()
+    python = Path(__file__).parent
+    for path in (*sorted(sources().iterdir()), python / "library.py", python / "pack.py"):
+        if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".py"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def compiler() -> str | None:
+    """nvcc's path, or None. Nothing is run."""
+    home = os.environ.get("CUDA_HOME")
+    inside = [f"{home}/bin/nvcc"] if home else []
+    return next((found for name in (*inside, "nvcc", "/usr/local/cuda/bin/nvcc") if (found := shutil.which(name))), None)
+
+
+def architectures(listed: str) -> list[tuple[str, str]]:
+    """nvcc's (compute, code) pairs for a list such as ``"8.0;9.0a+PTX"``, without what the kernels cannot run on.
+
+    Raises:
+        BuildError: an entry is not a compute capability, or none is left.
+    """
+    pairs: list[tuple[str, str]] = []
+    for entry in re.split(r"[;,\s]+", listed.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if found is None:
+            raise BuildError(f"{ARCHITECTURES_VARIABLE} has {entry!r}; allowed are compute capabilities like 8.0, 9.0a or 8.6+PTX")
+        major, minor, suffix, ptx = found.groups()
+        if (int(major), int(minor)) < MINIMUM_CAPABILITY:
+            continue
+        name = f"{major}{minor}{suffix}"
+        pairs.append((f"compute_{name}", f"sm_{name}"))
+        if ptx:
+            pairs.append((f"compute_{name}", f"compute_{name}"))
+    if not pairs:
+        raise BuildError(f"{ARCHITECTURES_VARIABLE} is {listed!r}; the CUDA kernels need a compute capability of 8.0 or more")
+    return pairs
+
+
+@functools.cache
+def _present() -> str | None:
+    """The compute capabilities of the GPUs here, as TORCH_CUDA_ARCH_LIST has them."""
+    if not torch.cuda.is_available():
+        return None
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}" for major, minor in sorted(found))
+
+
+def _listed() -> str:
+    return os.environ.get(ARCHITECTURES_VARIABLE) or _present() or ARCHITECTURES
+
+
+def library_name() -> str:
+    """The file name in the cache: it holds a digest of the version, the architectures and the flags."""
+    parts = (version(), architectures(_listed()), _NVCC_FLAGS, _HOST_FLAGS)
+    return f"lowkernels_cuda-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
+
+
+def library_version(path: Path) -> str | None:
+    """The version a library was built from, read without loading it; None if it is not one of ours."""
+    content = path.read_bytes()
+    at = content.find(_MARKER)
+    if at < 0:
+        return None
+    return content[at + len(_MARKER) :].split(b"\0", 1)[0].decode(errors="replace")
+
+
+@functools.cache
+def _prebuilt() -> tuple[Path | None, str | None]:
+    """The library in the package's folder if it is of this version; otherwise why not, if there is one."""
+    path = Path(__file__).parent / _PREBUILT
+    if not path.is_file():
+        return None, None
+    found = library_version(path)
+    if found == version():
+        return path, None
+    return None, f"{path} is of version {found}, not of {version()}: build it again"
+
+
+def built() -> Path | None:
+    """The library for these sources, if there is one."""
+    path = _prebuilt()[0]
+    if path is not None:
+        return path
+    path = cache_folder() / library_name()
+    return path if path.is_file() and library_version(path) == version() else None
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
+        raise BuildError(f"`{' '.join(command)}` failed:\n{tail}")
+    return done.stdout + done.stderr
+
+
+def _checked_compiler() -> str:
+    path = compiler()
+    if path is None:
+        raise BuildError("no CUDA compiler: nvcc is neither in $CUDA_HOME/bin nor on PATH")
+    found = re.search(r"release (\d+)\.(\d+)", _run([path, "--version"]))
+    if found is None:
+        raise BuildError(f"{path} --version names no release")
+    release = int(found[1]), int(found[2])
+    if release < _MINIMUM_NVCC:
+        raise BuildError(f"{path} is nvcc {found[1]}.{found[2]}; needed is {_MINIMUM_NVCC[0]}.{_MINIMUM_NVCC[1]} or newer")
+    return path
+
+
+def kernel_command(nvcc: str, source: Path, output: Path, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The command that compiles one kernel file."""
+    host = os.environ.get("CXX")
+    targets = [f"-gencode=arch={compute},code={code}" for compute, code in pairs]
+    return [nvcc, *(["-ccbin", host] if host else []), *_NVCC_FLAGS, *targets, "-c", str(source), "-o", str(output)]
+
+
+def compile_library(output: Path, listed: str | None = None) -> None:
+    """Compile the library to ``output``, replacing it at once when done.
+
+    Args:
+        output: a file name.
+        listed: compute capabilities as in ``TORCH_CUDA_ARCH_LIST``; None: as the module's documentation says.
+
+    Raises:
+        BuildError: no usable compiler, or it failed.
+    """
+    nvcc = _checked_compiler()
+    host = os.environ.get("CXX") or "g++"
+    if shutil.which(host) is None:
+        raise BuildError(f"no C++ compiler: {host} is not on PATH")
+    folder, torch_folder = sources(), Path(torch.__file__).parent
+    pairs = architectures(listed or _listed())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as temporary:
+        objects = [Path(temporary) / f"{name}.o" for name in (*_KERNELS, "bind")]
+        commands = [
+            kernel_command(nvcc, folder / f"{name}.cu", target, pairs) for name, target in zip(_KERNELS, objects, strict=False)
+        ]
+        defines = f'-DLOWKERNELS_VERSION="{version()}"'
+        include = f"-isystem{torch_folder / 'include'}"
+        commands.append([host, *_HOST_FLAGS, defines, include, "-c", str(folder / "bind.cpp"), "-o", str(objects[-1])])
+        with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+            list(pool.map(_run, commands))
+        library = f"{temporary}/library.so"
+        # The CUDA runtime goes in whole: no version of libcudart is asked for, and without a driver the library still loads.
+        libraries = [f"-L{torch_folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-Xlinker=--exclude-libs,ALL"]
+        _run([nvcc, "-ccbin", host, "-shared", "-cudart=static", *map(str, objects), "-o", library, *libraries])
+        os.replace(library, output)
+
+
+def _build_once() -> Path:
+    """The library in the cache, built by whichever process comes first; the others wait for it."""
+    import fcntl  # not on every platform; those without it have no kernels either
+
+    path = cache_folder() / library_name()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if built() is None:
+            _log.warning(
+                "compiling the CUDA kernels with %s into %s, once; a minute or so for each architecture (%s=0 turns this off)",
+                compiler(),
+                path.parent,
+                JIT_VARIABLE,
+            )
+            start = time.monotonic()
+            compile_library(path)
+            _log.info("compiled the CUDA kernels in %.0f s", time.monotonic() - start)
+    return path
+
+
+def unusable() -> str | None:
+    """Why the kernels cannot be used, as far as that can be said without compiling or loading anything, or None."""
+    if _outcome:
+        return _outcome
+    if _outcome == "":
+        return None
+    if sys.platform != "linux":
+        return f"the CUDA kernels are for Linux; this is {sys.platform}"
+    try:
+        if built() is None:
+            stale = _prebuilt()[1]
+            state = "the CUDA kernels are not built" if stale is None else stale
+            if os.environ.get(JIT_VARIABLE) == "0":
+                return f"{state}, and {JIT_VARIABLE}=0 forbids building them (python -m lowkernels.cuda.build)"
+            if compiler() is None:
+                return f"{state}, and there is no compiler: nvcc is neither in $CUDA_HOME/bin nor on PATH"
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def load() -> str | None:
+    """Load the kernels, building them first if need be; why that failed, or None. The outcome is kept for the process."""
+    global _outcome
+    if _outcome is None:
+        with _lock:
+            if _outcome is None:
+                _outcome = unusable() or _load()
+    return _outcome or None
+
+
+def _load() -> str:
+    try:
+        path = built() or _build_once()
+    except (BuildError, OSError) as error:
+        return f"the CUDA kernels could not be built: {error}"
+    return load_library(path) or ""
+
+
+def load_library(path: Path) -> str | None:
+    """Load one library file; why it was refused, or None."""
+    from . import library  # defines the operators the file implements
+
+    assert library.SCHEMAS
+    try:
+        found = library_version(path)
+        if found != version():
+            return f"{path} is of version {found}, not of {version()}: build it again"
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"the CUDA kernels could not be loaded: {error}"
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: build ahead of time."""
+    parser = argparse.ArgumentParser(prog="python -m lowkernels.cuda.build", description="Build the CUDA kernels.")
+    parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
+    folder = parser.parse_args(arguments).output
+    try:
+        if folder is None:
+            path = built() or _build_once()
+        else:
+            path = folder / _PREBUILT
+            compile_library(path, os.environ.get(ARCHITECTURES_VARIABLE) or ARCHITECTURES)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""``lowkernels_cuda::*``: the schemas of the operators in ``csrc/cuda/bind.cpp``, and their fakes.
+
+They write to ``out``, which the caller allocates. The library's kernels may be registered before or after.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LIBRARY = torch.library.Library("lowkernels_cuda", "DEF")
+
+SCHEMAS: dict[str, str] = {
+    "separable_conv": "Tensor x, Tensor dw, Tensor dw_bias, Tensor pw, Tensor pw_bias, Tensor(a!) out, int kernel, int stride, "
+    "int padding, int dw_act, int pw_act, bool residual, int[] tile",
+    "mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, "
+    "Tensor(a!) out, int kernel, int stride, int padding, int act, bool residual, int[] tile",
+    "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, Tensor(a!) out, "
+    "float eps, float scale, int heads, int inner, int kernel, int stride, bool residual",
+}
+
+
+def _fake(*args: object) -> None:
+    """Nothing to infer: the output is an argument."""
+
+
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(f"{_name}({_schema}) -> ()")
+    torch.library.register_fake(f"lowkernels_cuda::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,74 @@
+"""The calls the CUDA kernels are proved on."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from lowkernels.ops.activations import ACTIVATIONS
+
+OPERATORS = ("separable_conv", "mbconv", "lowtention")
+
+# What the kernels were made for, and what their tilings find hard: one pixel, one row, several images to a CTA, several passes
+# over the columns, windows with more rows than a CTA has, channels in halves of a vector.
+NAMED: dict[str, list[dict[str, Any]]] = {
+    "separable_conv": [
+        {"channels": 4, "height": 1, "width": 1, "batch": 1},
+        {"channels": 128, "out_channels": 256, "height": 14, "width": 14},
+        {"channels": 132, "out_channels": 300, "height": 7, "width": 7, "batch": 3},
+        {"channels": 32, "out_channels": 16, "height": 30, "width": 31, "act": "relu6"},
+        {"channels": 20, "out_channels": 40, "height": 9, "width": 70, "kernel_size": 7, "stride": 2},
+    ],
+    "mbconv": [
+        {"channels": 4, "hidden": 4, "height": 1, "width": 1, "batch": 1},
+        {"channels": 256, "hidden": 192, "height": 7, "width": 7, "batch": 3},
+        {"channels": 256, "hidden": 128, "height": 14, "width": 14, "batch": 1},
+        {"channels": 320, "hidden": 64, "height": 7, "width": 7, "batch": 2},
+        {"channels": 24, "hidden": 144, "out_channels": 40, "height": 28, "width": 28, "stride": 2, "kernel_size": 5, "batch": 1},
+        {"channels": 20, "hidden": 36, "out_channels": 32, "height": 9, "width": 40, "kernel_size": 7, "batch": 1},
+        {"channels": 16, "hidden": 32, "out_channels": 60, "height": 1, "width": 300, "batch": 1},
+    ],
+    "lowtention": [
+        {"channels": 4, "num_heads": 1, "head_dim": 4, "height": 1, "width": 1, "batch": 1},
+        {"channels": 256, "num_heads": 4, "head_dim": 32, "height": 7, "width": 7},
+        {"channels": 128, "num_heads": 2, "head_dim": 32, "height": 14, "width": 14, "kernel_size": 5, "stride": 2},
+        {"channels": 160, "num_heads": 2, "head_dim": 40, "height": 14, "width": 14, "kernel_size": 5, "stride": 2, "batch": 1},
+        {"channels": 64, "num_heads": 1, "head_dim": 64, "height": 13, "width": 13, "norm": False, "batch": 1},
+        {"channels": 36, "num_heads": 3, "head_dim": 12, "out_channels": 20, "height": 17, "width": 15, "stride": 2, "batch": 1},
+        {"channels": 64, "num_heads": 1, "head_dim": 32, "height": 5, "width": 13, "batch": 1},
+    ],
+}
+
+
+def random_cases(operator: str, count: int) -> list[dict[str, Any]]:
+    """Small calls from all over the contract; the same on every machine."""
+    generator = random.Random(operator)
+    pick = generator.choice
+    cases: list[dict[str, Any]] = []
+    for seed in range(count):
+        kernel_size = pick([1, 3, 3, 5, 7])
+        height, width = pick([1, 2, 3, 5, 7, 8, 13, 15, 17]), pick([1, 2, 3, 6, 7, 9, 14, 16, 23])
+        padding = pick([kernel_size // 2, kernel_size // 2, 0])
+        if operator == "lowtention" or min(height, width) + 2 * padding < kernel_size:
+            padding = kernel_size // 2
+        channels = pick([4, 8, 12, 16, 20, 32, 36, 40, 48, 64, 68, 96])
+        cases.append(
+            {
+                "batch": pick([1, 1, 2, 3, 5]),
+                "channels": channels,
+                "out_channels": pick([channels, channels, 4, 20, 40, 64, 100, 132]),
+                "hidden": pick([4, 20, 36, 64, 96, 144]),
+                "height": height,
+                "width": width,
+                "kernel_size": kernel_size,
+                "stride": pick([1, 1, 2]),
+                "padding": padding,
+                "act": pick(ACTIVATIONS),
+                "bias": pick([True, False]),
+                "norm": pick([True, False]),
+                "num_heads": pick([1, 2, 4]),
+                "head_dim": pick([4, 8, 12, 20, 32, 40]),
+                "seed": seed,
+            }
+        )
+    return cases

@@ -1,0 +1,39 @@
+// The launchers csrc/cuda/bind.cpp calls, passed on to whichever library of kernels the tests have chosen.
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "api.h"
+
+namespace {
+
+void* chosen = nullptr;
+
+void* launcher(const char* name) {
+    void* found = chosen ? dlsym(chosen, name) : nullptr;
+    if (!found) throw std::runtime_error(std::string("no library of kernels with ") + name + " is chosen");
+    return found;
+}
+
+}  // namespace
+
+#define FORWARD(name, Params)                                                                            \
+    int name(const Params& p, Dtype dtype, int config, void* stream) {                                   \
+        return reinterpret_cast<decltype(&name)>(launcher(#name))(p, dtype, config, stream);             \
+    }
+
+namespace lowkernels {
+extern "C" {
+FORWARD(lowkernels_separable_conv, SeparableConv)
+FORWARD(lowkernels_mbconv, MBConv)
+FORWARD(lowkernels_lowtention, Lowtention)
+}
+}  // namespace lowkernels
+
+extern "C" const char* shim_choose(const char* path) {
+    void* opened = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!opened) return dlerror();
+    chosen = opened;
+    return nullptr;
+}

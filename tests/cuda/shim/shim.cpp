@@ -1,0 +1,614 @@
+// Runs a CUDA kernel's own source on one CPU thread, and reports what a GPU would let pass.
+//
+// Threads of a block are fibers. Barriers and warp collectives are rendezvous: each fiber leaves its operands and stops, the last
+// one carries the instruction out for all. Every access of the kernel to memory arrives here through the functions that
+// -fsanitize=thread makes g++ call; this file itself is compiled without it. Reported, by kernel line:
+//   race           an access to shared memory that no barrier orders after another thread's
+//   unwritten      a read of shared memory, an output or a scratch tensor that nothing wrote
+//   pending        a use of cp.async's destination before the wait
+//   bounds         an access outside of the tensors and of the shared memory asked for (the launch is given up)
+//   input          a write to an input
+//   twice          an output byte written twice
+//   missing        an output byte never written
+//   same-launch    a read of what another block of the same launch may still have to write
+//   misaligned     an access that is not aligned to its size
+//   divergent      lanes of a warp meet at different instructions
+//   deadlock       threads wait for others that have left
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include <dlfcn.h>
+
+extern "C" void shim_switch(void** save, void* to);
+asm(R"(
+.text
+.globl shim_switch
+.type shim_switch,@function
+shim_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+namespace {
+
+constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kStack = 128 * 1024, kMaxShared = 256 * 1024;
+constexpr uint16_t kNobody = 0xffff, kSeveral = 0xfffe;
+
+// One 2-byte cell of shared memory. An epoch is (block barriers passed, barriers this warp passed); both only grow.
+struct Cell {
+    uint32_t write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
+    uint16_t writer = kNobody, reader = kNobody, reader_warp = 0;
+    bool pending = false;
+};
+
+struct Range {
+    const unsigned char* begin;
+    const unsigned char* end;
+    bool output;
+    std::vector<uint32_t> written;  // 0, or the number of the launch that wrote the byte
+};
+
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;  // null: zeros
+    int bytes;
+    int group;
+};
+
+enum class Wait { none, block, warp, shuffle, ldmatrix, mma, done };
+
+struct Operands {
+    float value = 0, result = 0;
+    int lanes = 0;
+    uint32_t* words = nullptr;
+    float* sums = nullptr;
+    const uint32_t* a = nullptr;
+    uint32_t address = 0, b0 = 0, b1 = 0;
+    int flag = 0;
+};
+
+struct Fiber {
+    void* stack_pointer = nullptr;
+    Wait waiting = Wait::none;
+    const char* file = nullptr;
+    int line = 0;
+    Operands operands;
+    std::vector<Copy> copies;
+    int groups = 0;
+};
+
+struct State {
+    unsigned char* shared = nullptr;
+    unsigned char* stacks = nullptr;
+    std::vector<Cell> cells = std::vector<Cell>(kMaxShared / 2);
+    Fiber fibers[kMaxThreads];
+    uint32_t warp_epoch[kMaxThreads / kWarp] = {};
+    uint32_t block_epoch = 1, first_epoch = 1, launches = 0;
+    int threads = 0, current = -1, bx = 0, by = 0;
+    size_t shared_bytes = 0;
+    void* main_stack = nullptr;
+    bool running = false, gave_up = false;
+    void (*body)(const void*) = nullptr;
+    const void* params = nullptr;
+    std::vector<Range> ranges;
+    size_t last_range = 0;
+    int schedule = 0;
+    uint64_t seed = 1;
+    std::string skipped;
+    std::set<std::string> barriers;
+    std::map<std::pair<std::string, std::string>, std::pair<long, std::string>> reports;  // (kind, place): how often, first
+    const unsigned char* host_stack = nullptr;
+    long blocks_run = 0;
+    size_t most_shared = 0;
+} S;
+
+// Where in the kernel: a return address, or a line.
+struct Where {
+    uintptr_t pc = 0;
+    const char* file = nullptr;
+    int line = 0;
+
+    std::string text() const {
+        if (file) return std::string(file) + ":" + std::to_string(line);
+        Dl_info info{};
+        if (!pc || !dladdr(reinterpret_cast<void*>(pc), &info)) return "?";
+        return "+" + std::to_string(pc - reinterpret_cast<uintptr_t>(info.dli_fbase));
+    }
+};
+
+// One entry for each kind and place; the first one tells who.
+void report(const char* kind, const Where& where, const std::string& what) {
+    auto& entry = S.reports[{kind, where.text()}];
+    if (entry.first++ == 0)
+        entry.second = "thread " + std::to_string(S.current) + " of block (" + std::to_string(S.bx) + ", " + std::to_string(S.by) + "): " + what;
+}
+
+void to_main() { shim_switch(&S.fibers[S.current].stack_pointer, S.main_stack); }
+
+[[gnu::noreturn]] void give_up() {
+    S.gave_up = true;
+    to_main();
+    __builtin_unreachable();
+}
+
+bool ordered(uint16_t thread, uint32_t block, uint32_t warp, int me) {
+    return block < S.block_epoch || thread == me || (thread / kWarp == me / kWarp && warp < S.warp_epoch[me / kWarp]);
+}
+
+void write_cell(Cell& cell, const Where& pc, bool landing = false) {
+    const int me = S.current, warp = me / kWarp;
+    if (cell.pending && !landing) report("pending", pc, "write to where a cp.async is still to land");
+    if (cell.writer != kNobody && cell.write_block >= S.first_epoch && !ordered(cell.writer, cell.write_block, cell.write_warp, me))
+        report("race", pc, "write after thread " + std::to_string(cell.writer) + "'s write");
+    if (cell.reader != kNobody && cell.read_block == S.block_epoch && !landing) {
+        const bool mine = cell.reader == me;
+        const bool before = cell.reader_warp == warp && cell.reader != kSeveral && cell.read_warp < S.warp_epoch[warp];
+        const bool several_here = cell.reader == kSeveral && cell.reader_warp == warp && cell.read_warp < S.warp_epoch[warp];
+        if (!mine && !before && !several_here) report("race", pc, "write after another thread's read");
+    }
+    cell.writer = static_cast<uint16_t>(me);
+    cell.write_block = S.block_epoch;
+    cell.write_warp = S.warp_epoch[warp];
+}
+
+constexpr uint16_t kManyWarps = 0xffff;
+
+void read_cell(Cell& cell, const Where& pc) {
+    const int me = S.current, warp = me / kWarp;
+    if (cell.pending)
+        report("pending", pc, "read of where a cp.async is still to land");
+    else if (cell.writer == kNobody || cell.write_block < S.first_epoch)
+        report("unwritten", pc, "read of shared memory that this block has not written");
+    else if (!ordered(cell.writer, cell.write_block, cell.write_warp, me))
+        report("race", pc, "read after thread " + std::to_string(cell.writer) + "'s write");
+    if (cell.read_block != S.block_epoch || cell.reader == kNobody) {
+        cell.reader = static_cast<uint16_t>(me);
+        cell.reader_warp = static_cast<uint16_t>(warp);
+    } else if (cell.reader_warp != warp) {
+        cell.reader = kSeveral;
+        cell.reader_warp = kManyWarps;
+    } else if (cell.read_warp < S.warp_epoch[warp]) {
+        cell.reader = static_cast<uint16_t>(me);
+    } else if (cell.reader != me) {
+        cell.reader = kSeveral;
+    }
+    cell.read_block = S.block_epoch;
+    cell.read_warp = S.warp_epoch[warp];
+}
+
+bool inside(const void* p, const unsigned char* begin, size_t bytes) {
+    const auto* at = static_cast<const unsigned char*>(p);
+    return at >= begin && at < begin + bytes;
+}
+
+Range* find_range(const unsigned char* p, int bytes) {
+    auto holds = [&](const Range& r) { return p >= r.begin && p + bytes <= r.end; };
+    if (S.last_range < S.ranges.size() && holds(S.ranges[S.last_range])) return &S.ranges[S.last_range];
+    for (size_t i = 0; i < S.ranges.size(); i++)
+        if (holds(S.ranges[i])) {
+            S.last_range = i;
+            return &S.ranges[i];
+        }
+    return nullptr;
+}
+
+void access(const void* address, int bytes, bool write, const Where& pc) {
+    const auto* p = static_cast<const unsigned char*>(address);
+    if (inside(p, S.stacks + S.current * kStack, kStack)) return;
+    // The launch's parameters lie on the stack of the thread that launches.
+    if (!write && p >= S.host_stack && p < S.host_stack + 64 * 1024) return;
+    if (reinterpret_cast<uintptr_t>(p) % bytes) report("misaligned", pc, std::to_string(bytes) + " bytes");
+    if (inside(p, S.shared, kMaxShared)) {
+        const size_t offset = p - S.shared;
+        if (offset + bytes > S.shared_bytes) {
+            report("bounds", pc, "shared memory at " + std::to_string(offset) + " of " + std::to_string(S.shared_bytes));
+            give_up();
+        }
+        for (size_t cell = offset / 2; cell <= (offset + bytes - 1) / 2; cell++)
+            write ? write_cell(S.cells[cell], pc) : read_cell(S.cells[cell], pc);
+        return;
+    }
+    Range* range = find_range(p, bytes);
+    if (!range) {
+        report("bounds", pc, write ? "write outside of every tensor" : "read outside of every tensor");
+        give_up();
+    }
+    if (!range->output) {
+        if (write) {
+            report("input", pc, "write to an input");
+            give_up();
+        }
+        return;
+    }
+    for (const unsigned char* b = p; b < p + bytes; b++) {
+        uint32_t& by = range->written[b - range->begin];
+        if (write) {
+            if (by) report("twice", pc, "output byte " + std::to_string(b - range->begin));
+            by = S.launches;
+        } else if (!by) {
+            report("unwritten", pc, "read of an output byte that nothing wrote");
+        } else if (by == S.launches) {
+            report("same-launch", pc, "read of what this launch wrote");
+        }
+    }
+}
+
+void land(Fiber& fiber, int pending) {
+    auto keep = fiber.copies.begin();
+    for (auto& copy : fiber.copies) {
+        if (copy.group >= fiber.groups - pending) {
+            *keep++ = copy;
+            continue;
+        }
+        if (copy.from)
+            std::memcpy(copy.to, copy.from, copy.bytes);
+        else
+            std::memset(copy.to, 0, copy.bytes);
+        for (int i = 0; i < copy.bytes / 2; i++) {
+            Cell& cell = S.cells[(copy.to - S.shared) / 2 + i];
+            cell.pending = false;
+            write_cell(cell, {}, true);
+        }
+    }
+    fiber.copies.erase(keep, fiber.copies.end());
+}
+
+float half_value(uint32_t bits, bool bf16) {
+    if (bf16) return __builtin_bit_cast(float, (bits & 0xffffu) << 16);
+    return static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(bits)));
+}
+
+void run_ldmatrix(int warp) {
+    Fiber* lanes = S.fibers + warp * kWarp;
+    uint16_t matrix[4][8][8];
+    const int saved = S.current;
+    for (int lane = 0; lane < kWarp; lane++) {
+        S.current = warp * kWarp + lane;
+        const Fiber& f = lanes[lane];
+        const uint32_t at = f.operands.address;
+        const Where where{0, f.file, f.line};
+        if (at % 16) report("misaligned", where, "ldmatrix row not on 16 bytes");
+        if (at + 16 > S.shared_bytes) {
+            report("bounds", where, "ldmatrix row outside of the shared memory asked for");
+            S.gave_up = true;
+            S.current = saved;
+            return;
+        }
+        // Whose read it is does not matter within a warp: ldmatrix orders nothing, and each lane gives a row of its own.
+        for (int i = 0; i < 8; i++) read_cell(S.cells[at / 2 + i], where);
+        std::memcpy(matrix[lane / 8][lane % 8], S.shared + at, 16);
+    }
+    S.current = saved;
+    for (int lane = 0; lane < kWarp; lane++) {
+        const bool transposed = lanes[lane].operands.flag;
+        const int row = lane / 4, column = lane % 4 * 2;
+        for (int m = 0; m < 4; m++) {
+            const uint32_t low = transposed ? matrix[m][column][row] : matrix[m][row][column];
+            const uint32_t high = transposed ? matrix[m][column + 1][row] : matrix[m][row][column + 1];
+            lanes[lane].operands.words[m] = low | high << 16;
+        }
+    }
+}
+
+void run_mma(int warp) {
+    Fiber* lanes = S.fibers + warp * kWarp;
+    float a[16][16], b[16][8], c[16][8];
+    const bool bf16 = lanes[0].operands.flag;
+    for (int lane = 0; lane < kWarp; lane++) {
+        const Operands& o = lanes[lane].operands;
+        const int row = lane / 4, column = lane % 4 * 2;
+        for (int i = 0; i < 4; i++)
+            for (int half = 0; half < 2; half++)
+                a[row + i % 2 * 8][column + i / 2 * 8 + half] = half_value(o.a[i] >> 16 * half, bf16);
+        for (int half = 0; half < 2; half++) {
+            b[column + half][row] = half_value(o.b0 >> 16 * half, bf16);
+            b[column + 8 + half][row] = half_value(o.b1 >> 16 * half, bf16);
+        }
+        for (int i = 0; i < 4; i++) c[row + i / 2 * 8][column + i % 2] = o.sums[i];
+    }
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < 8; j++) c[i][j] += a[i][k] * b[k][j];
+    for (int lane = 0; lane < kWarp; lane++)
+        for (int i = 0; i < 4; i++) lanes[lane].operands.sums[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+void run_shuffle(int warp) {
+    Fiber* lanes = S.fibers + warp * kWarp;
+    for (int lane = 0; lane < kWarp; lane++) lanes[lane].operands.result = lanes[lane ^ lanes[lane].operands.lanes].operands.value;
+}
+
+std::string place(const Fiber& f) { return std::string(f.file) + ":" + std::to_string(f.line); }
+
+bool orders(const Fiber& f) {
+    const char* slash = std::strrchr(f.file, '/');
+    const std::string here = std::string(slash ? slash + 1 : f.file) + ":" + std::to_string(f.line);
+    S.barriers.insert(here);
+    return here != S.skipped;
+}
+
+// Carries out what `count` threads from `first` wait for, if all of them have come to the same instruction.
+bool meet(int first, int count) {
+    const Fiber& leader = S.fibers[first];
+    for (int i = 1; i < count; i++)
+        if (S.fibers[first + i].waiting != leader.waiting) return false;
+    for (int i = 1; i < count; i++) {
+        const Fiber& f = S.fibers[first + i];
+        if (f.file != leader.file || f.line != leader.line) {
+            report("divergent", {0, leader.file, leader.line}, "meets " + place(f));
+            S.gave_up = true;
+            return true;
+        }
+    }
+    const int warp = first / kWarp;
+    switch (leader.waiting) {
+        case Wait::block:
+            if (orders(leader)) {
+                S.block_epoch++;
+                for (auto& epoch : S.warp_epoch) epoch++;
+            }
+            break;
+        case Wait::warp:
+            if (orders(leader)) S.warp_epoch[warp]++;
+            break;
+        case Wait::shuffle: run_shuffle(warp); break;
+        case Wait::ldmatrix: run_ldmatrix(warp); break;
+        case Wait::mma: run_mma(warp); break;
+        default: return false;
+    }
+    for (int i = 0; i < count; i++) S.fibers[first + i].waiting = Wait::none;
+    return true;
+}
+
+void stop(Wait why, const char* file, int line) {
+    Fiber& fiber = S.fibers[S.current];
+    fiber.waiting = why;
+    fiber.file = file;
+    fiber.line = line;
+    to_main();
+}
+
+void fiber_main() {
+    S.body(S.params);
+    Fiber& fiber = S.fibers[S.current];
+    if (!fiber.copies.empty()) report("pending", {}, "the thread ended before its cp.async landed");
+    fiber.waiting = Wait::done;
+    to_main();
+    __builtin_unreachable();
+}
+
+uint64_t random_number() {
+    S.seed ^= S.seed << 13;
+    S.seed ^= S.seed >> 7;
+    S.seed ^= S.seed << 17;
+    return S.seed;
+}
+
+void run_block() {
+    for (int t = 0; t < S.threads; t++) {
+        Fiber& fiber = S.fibers[t];
+        fiber.waiting = Wait::none;
+        fiber.copies.clear();
+        fiber.groups = 0;
+        auto* top = reinterpret_cast<uint64_t*>(S.stacks + (t + 1) * kStack) - 2;
+        *top = reinterpret_cast<uint64_t>(&fiber_main);
+        std::memset(top - 6, 0, 48);
+        fiber.stack_pointer = top - 6;
+    }
+    // What an earlier block left in shared memory must not look like this block's.
+    std::memset(S.shared, 0xff, S.shared_bytes);
+    for (size_t i = 0; i < S.shared_bytes / 2; i++) S.cells[i].pending = false;
+    S.first_epoch = ++S.block_epoch;
+    for (auto& epoch : S.warp_epoch) epoch++;
+
+    // Schedule 0 runs warps in turn, lanes upwards. Schedule 1 lets warps run ahead in a random order, lanes downwards.
+    const int warps = S.threads / kWarp;
+    std::vector<int> order(warps);
+    for (int i = 0; i < warps; i++) order[i] = i;
+    if (S.schedule)
+        for (int i = warps - 1; i > 0; i--) std::swap(order[i], order[random_number() % (i + 1)]);
+    for (;;) {
+        bool moved = false;
+        for (int w : order) {
+            // A warp runs until it needs another one.
+            for (bool again = true; again;) {
+                again = false;
+                for (int i = 0; i < kWarp; i++) {
+                    const int t = w * kWarp + (S.schedule ? kWarp - 1 - i : i);
+                    if (S.fibers[t].waiting != Wait::none) continue;
+                    S.current = t;
+                    shim_switch(&S.main_stack, S.fibers[t].stack_pointer);
+                    moved = true;
+                    if (S.gave_up) return;
+                }
+                const Wait why = S.fibers[w * kWarp].waiting;
+                if (why != Wait::block && why != Wait::done) again = meet(w * kWarp, kWarp);
+                if (S.gave_up) return;
+            }
+        }
+        if (std::all_of(S.fibers, S.fibers + S.threads, [](const Fiber& f) { return f.waiting == Wait::done; })) return;
+        if (S.fibers[0].waiting == Wait::block && meet(0, S.threads)) moved = true;
+        if (S.gave_up) return;
+        if (!moved) {
+            for (int t = 0; t < S.threads; t++)
+                if (S.fibers[t].waiting != Wait::done) {
+                    S.current = t;
+                    report("deadlock", {0, S.fibers[t].file, S.fibers[t].line}, "waits for ever");
+                    break;
+                }
+            S.gave_up = true;
+            return;
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int shim_thread() { return S.current; }
+int shim_block_x() { return S.bx; }
+int shim_block_y() { return S.by; }
+unsigned char* shim_shared() { return S.shared; }
+
+void shim_sync(int whole_block, const char* file, int line) { stop(whole_block ? Wait::block : Wait::warp, file, line); }
+
+float shim_shuffle_xor(float value, int lanes, const char* file, int line) {
+    Operands& o = S.fibers[S.current].operands;
+    o.value = value, o.lanes = lanes;
+    stop(Wait::shuffle, file, line);
+    return o.result;
+}
+
+void shim_ldmatrix(uint32_t* r, uint32_t address, int transposed, const char* file, int line) {
+    Operands& o = S.fibers[S.current].operands;
+    o.words = r, o.address = address, o.flag = transposed;
+    stop(Wait::ldmatrix, file, line);
+}
+
+void shim_mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, int bf16, const char* file, int line) {
+    Operands& o = S.fibers[S.current].operands;
+    o.sums = d, o.a = a, o.b0 = b0, o.b1 = b1, o.flag = bf16;
+    stop(Wait::mma, file, line);
+}
+
+void shim_cp_async(void* to, const void* from, int bytes, int valid) {
+    const Where pc{reinterpret_cast<uintptr_t>(__builtin_return_address(0))};
+    auto* at = static_cast<unsigned char*>(to);
+    if (!inside(at, S.shared, S.shared_bytes) || at + bytes > S.shared + S.shared_bytes) {
+        report("bounds", pc, "cp.async to outside of the shared memory asked for");
+        give_up();
+    }
+    if (valid) access(from, bytes, false, pc);
+    access(to, bytes, true, pc);
+    for (int i = 0; i < bytes / 2; i++) S.cells[(at - S.shared) / 2 + i].pending = true;
+    std::memset(at, 0xff, bytes);
+    Fiber& fiber = S.fibers[S.current];
+    fiber.copies.push_back({at, valid ? static_cast<const unsigned char*>(from) : nullptr, bytes, fiber.groups});
+}
+
+void shim_cp_async_commit() { S.fibers[S.current].groups++; }
+void shim_cp_async_wait(int pending) { land(S.fibers[S.current], pending); }
+
+int shim_launch(void (*body)(const void*), const void* params, long long grid_x, int grid_y, int threads, size_t shared) {
+    if (threads % kWarp || threads > kMaxThreads || shared > kMaxShared) {
+        report("bounds", {}, "launch with " + std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes shared");
+        return 1;
+    }
+    if (!S.shared) {
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        S.shared = static_cast<unsigned char*>(mmap(nullptr, kMaxShared, PROT_READ | PROT_WRITE, flags, -1, 0));
+        S.stacks = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
+    }
+    S.body = body, S.params = params, S.threads = threads, S.shared_bytes = shared;
+    S.most_shared = std::max(S.most_shared, shared);
+    S.launches++;
+    S.gave_up = false;
+    S.host_stack = static_cast<const unsigned char*>(__builtin_frame_address(0));
+    S.running = true;
+    for (S.by = 0; S.by < grid_y && !S.gave_up; S.by++)
+        for (S.bx = 0; S.bx < grid_x && !S.gave_up; S.bx++, S.blocks_run++) run_block();
+    S.running = false;
+    return S.gave_up;
+}
+
+// What the tests call.
+
+void shim_begin(int schedule, unsigned long long seed, const char* skipped) {
+    S.reports.clear();
+    S.ranges.clear();
+    S.barriers.clear();
+    S.schedule = schedule, S.seed = seed ? seed : 1, S.skipped = skipped;
+    S.launches = 0, S.blocks_run = 0, S.most_shared = 0;
+}
+
+// The tensors of the calls to come. What is announced twice is one range.
+void shim_announce(const void* data, size_t bytes, int output) {
+    const auto* begin = static_cast<const unsigned char*>(data);
+    for (const Range& r : S.ranges)
+        if (r.begin == begin && r.end == begin + bytes && r.output == static_cast<bool>(output)) return;
+    S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), std::vector<uint32_t>(output ? bytes : 0)});
+}
+
+// One report a line: kind, place (file:line, or +offset in the kernels' library), how often, text.
+const char* shim_end() {
+    static std::string text;
+    text.clear();
+    S.current = -1;
+    for (const Range& r : S.ranges)
+        if (r.output)
+            if (const long missing = std::count(r.written.begin(), r.written.end(), 0u))
+                report("missing", {}, std::to_string(missing) + " of " + std::to_string(r.written.size()) + " bytes of an output");
+    for (const auto& [key, entry] : S.reports)
+        text += key.first + "\t" + key.second + "\t" + std::to_string(entry.first) + "\t" + entry.second + "\n";
+    S.ranges.clear();
+    return text.c_str();
+}
+
+const char* shim_barriers() {
+    static std::string text;
+    text.clear();
+    for (const auto& barrier : S.barriers) text += barrier + "\n";
+    return text.c_str();
+}
+
+long shim_blocks() { return S.blocks_run; }
+size_t shim_most_shared() { return S.most_shared; }
+
+#define ACCESS(name, bytes, write)                                                                          \
+    void __tsan_##name(void* p) {                                                                           \
+        if (S.running) access(p, bytes, write, {reinterpret_cast<uintptr_t>(__builtin_return_address(0))}); \
+    }
+ACCESS(read1, 1, false)
+ACCESS(read2, 2, false)
+ACCESS(read4, 4, false)
+ACCESS(read8, 8, false)
+ACCESS(read16, 16, false)
+ACCESS(write1, 1, true)
+ACCESS(write2, 2, true)
+ACCESS(write4, 4, true)
+ACCESS(write8, 8, true)
+ACCESS(write16, 16, true)
+ACCESS(unaligned_read2, 2, false)
+ACCESS(unaligned_read4, 4, false)
+ACCESS(unaligned_read8, 8, false)
+ACCESS(unaligned_read16, 16, false)
+ACCESS(unaligned_write2, 2, true)
+ACCESS(unaligned_write4, 4, true)
+ACCESS(unaligned_write8, 8, true)
+ACCESS(unaligned_write16, 16, true)
+void __tsan_read_range(void* p, long bytes) {
+    if (!S.running) return;
+    for (long i = 0; i < bytes; i++) access(static_cast<char*>(p) + i, 1, false, {reinterpret_cast<uintptr_t>(__builtin_return_address(0))});
+}
+void __tsan_write_range(void* p, long bytes) {
+    if (!S.running) return;
+    for (long i = 0; i < bytes; i++) access(static_cast<char*>(p) + i, 1, true, {reinterpret_cast<uintptr_t>(__builtin_return_address(0))});
+}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+}

@@ -1,0 +1,178 @@
+"""Deliberately broken kernels: the shim, or the comparison with float64, must notice each. A detector that is not tested rots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from lowkernels.cuda import tiling
+from lowkernels.testing import check_call, random_call
+from tests.cuda import execution
+
+SEPARABLE: dict[str, Any] = {"channels": 132, "out_channels": 132, "height": 9, "width": 7, "batch": 3, "kernel_size": 5}
+MBCONV: dict[str, Any] = {"channels": 20, "hidden": 132, "out_channels": 132, "height": 9, "width": 7, "batch": 3}
+ATTENTION: dict[str, Any] = {
+    "channels": 36,
+    "out_channels": 132,
+    "num_heads": 2,
+    "head_dim": 32,
+    "height": 9,
+    "width": 33,
+    "stride": 2,
+}
+# Small images, two to a CTA where CTAs take several, and one that is not there.
+PAIRS: dict[str, Any] = {"height": 5, "width": 6, "batch": 3}
+CALLS = {"separable_conv": SEPARABLE, "mbconv": MBCONV, "lowtention": ATTENTION}
+
+NUMBERS = "numbers"
+
+
+class Breakage(NamedTuple):
+    """One change of one file, and how it has to be noticed: a kind of report, or wrong numbers."""
+
+    operator: str
+    file: str
+    old: str
+    new: str
+    noticed: str
+    pairs: bool = False
+
+
+def barrier(operator: str, file: str, comment: str) -> Breakage:
+    return Breakage(operator, file, f"block_sync();  // {comment}", "", "race")
+
+
+BREAKAGES = [
+    # The image's edges.
+    Breakage("separable_conv", "separable_conv.cu", "y >= 0 && y < p.g.h && ", "y < p.g.h && ", "bounds"),
+    Breakage("separable_conv", "separable_conv.cu", "x >= 0 && x < p.g.w && ", "", "bounds"),
+    Breakage("separable_conv", "separable_conv.cu", "image < p.g.n && y", "y", "bounds", True),
+    Breakage("separable_conv", "separable_conv.cu", " && chunk * kChunk + channel < p.g.c", "", "bounds"),
+    Breakage("separable_conv", "window.cuh", "image >= g.n || ", "", "bounds", True),
+    Breakage("separable_conv", "window.cuh", "if (column >= g.co) continue;", "", "bounds"),
+    Breakage("mbconv", "window.cuh", " || y >= g.ho || x >= g.wo", "", "twice"),
+    Breakage("mbconv", "mbconv.cu", "image < p.g.n && channel", "channel", "bounds", True),
+    Breakage(
+        "mbconv",
+        "mbconv.cu",
+        "target[row] = number < p.g.images ? y * place.window_w + x : -1",
+        "target[row] = y * place.window_w + x",
+        "race",
+    ),
+    Breakage("lowtention", "lowtention.cu", "y < 0 || y >= p.h || ", "", "bounds"),
+    Breakage("lowtention", "lowtention.cu", "j >= 0 && j < p.grid_w", "j < p.grid_w", NUMBERS),
+    Breakage(
+        "lowtention",
+        "lowtention.cu",
+        " || at >= p.w) continue;\n                    const int64_t",
+        ") continue;\n                    const int64_t",
+        "twice",
+    ),
+    # Barriers and waits.
+    barrier("separable_conv", "separable_conv.cu", "the window has landed, and nobody reads the other window or D any more"),
+    barrier("separable_conv", "separable_conv.cu", "D is whole"),
+    barrier("mbconv", "mbconv.cu", "X, the targets and the border are there"),
+    barrier("mbconv", "mbconv.cu", "the window is whole, and nobody reads D any more"),
+    barrier("mbconv", "mbconv.cu", "D is whole, and nobody reads the window any more"),
+    barrier("lowtention", "lowtention.cu", "D is whole"),
+    barrier("lowtention", "lowtention.cu", "these rows of QKV are whole, and nobody reads D any more"),
+    barrier("lowtention", "lowtention.cu", "every head's result stands in its queries' place"),
+    Breakage("lowtention", "lowtention.cu", "warp_sync();", "", "race"),
+    Breakage("separable_conv", "separable_conv.cu", "cp_async_wait<0>();", "", "pending"),
+    Breakage("mbconv", "mbconv.cu", "cp_async_wait<0>();", "cp_async_wait<1>();", "pending"),
+    Breakage("separable_conv", "separable_conv.cu", "windows + chunk % 2 * window_size;", "windows;", "pending"),
+    Breakage(
+        "lowtention",
+        "lowtention.cu",
+        "    block_sync();\n    float sum",
+        "    if (lane_index() < 16) block_sync();\n    float sum",
+        "deadlock",
+    ),
+    Breakage("lowtention", "lowtention.cu", "scratch + kWarps)", "scratch)", "race"),
+    # Memory that nothing wrote, twice wrote, or did not ask for.
+    Breakage("mbconv", "mbconv.cu", "store4(window + i * 4, zeros);", ";", "unwritten"),
+    Breakage("lowtention", "lowtention.cu", "store4(zeros + i, none);", ";", "unwritten"),
+    Breakage(
+        "lowtention",
+        "lowtention.cu",
+        "int i = thread_index(); i < kRows * quads",
+        "int i = thread_index(); i < (p.tokens - first) * quads",
+        "unwritten",
+        True,
+    ),
+    Breakage("separable_conv", "separable_conv.cu", "(p.g.c > kChunk ? 2 : 1)", "1", "bounds"),
+    Breakage("lowtention", "lowtention.cu", "(rows + 1) * (3", "rows * (3", "bounds"),
+    Breakage("separable_conv", "window.cuh", "block_y() * C::kPass + ", "", "twice"),
+    Breakage("lowtention", "lowtention.cu", "task < p.stride * p.stride * blocks * pairs", "task < blocks * pairs", "missing"),
+    # Layouts.
+    Breakage("separable_conv", "fragments.cuh", "return columns + 8;", "return columns + 4;", "misaligned"),
+    Breakage("mbconv", "fragments.cuh", "lane / 16 * 8);\n}", "lane / 8 % 2 * 8);\n}", NUMBERS),
+    Breakage("mbconv", "fragments.cuh", "* stride + step + 1) * kWarp", "* stride + step) * kWarp", NUMBERS),
+    Breakage("mbconv", "fragments.cuh", "v[1] = half ? acc[0][3] : acc[0][1];", "v[1] = half ? acc[1][3] : acc[1][1];", NUMBERS),
+    Breakage(
+        "mbconv", "window.cuh", "const int offset = ky * p.window_w + kx;", "const int offset = kx * p.window_w + ky;", NUMBERS
+    ),
+    Breakage("lowtention", "lowtention.cu", "ldmatrix_x4_transposed(b,", "ldmatrix_x4(b,", NUMBERS),
+    Breakage("lowtention", "lowtention.cu", "lane % 4 * 2 + i < tokens ?", "lane % 4 * 2 + i < kRows ?", NUMBERS, True),
+    Breakage("lowtention", "lowtention.cu", "out[j][2 * half] *= shrink;", "", NUMBERS),
+]
+
+
+def name(breakage: Breakage) -> str:
+    return f"{breakage.operator}-{breakage.old.strip()[:40]}"
+
+
+# One shape of CTA, so that a variant compiles in a second.
+def one_config(text: str) -> str:
+    return text.replace("X(0, 4, 2, 1) X(1, 4, 8, 1) X(2, 4, 8, 2) X(3, 7, 8, 2)", "X(2, 4, 8, 1)")
+
+
+def variant(operator: str, breakage: Breakage | None) -> Path:
+    changes: dict[str, list[Callable[[str], str]]] = {"window.cuh": [one_config]}
+    if breakage is not None:
+        changes.setdefault(breakage.file, []).append(lambda text: text.replace(breakage.old, breakage.new, 1))
+
+    def all_of(steps: list[Callable[[str], str]]) -> Callable[[str], str]:
+        def apply(text: str) -> str:
+            for step in steps:
+                changed = step(text)
+                assert changed != text, "a change changes nothing"
+                text = changed
+            return text
+
+        return apply
+
+    return execution.kernels({file: all_of(steps) for file, steps in changes.items()}, (operator,))
+
+
+def symptoms(operator: str, library: Path, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Kinds of reports, and ``numbers`` if the result is wrong."""
+    call = random_call(operator, dtype=torch.float16, **{**CALLS[operator], **(PAIRS if pairs else {})})
+    if pairs:
+        monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(2, 5, 6, 2))
+    found = set()
+    with execution.watched(library) as outcome:
+        try:
+            check_call(operator, call.args, "cuda")
+        except AssertionError:
+            found.add(NUMBERS)
+        except RuntimeError as error:
+            # A launch is given up after a report of what would crash.
+            if "the launch failed" not in str(error):
+                raise
+    return found | {report.split(" at ")[0] for report in outcome.reports}
+
+
+@pytest.mark.parametrize(("operator", "pairs"), [*((name, False) for name in CALLS), ("separable_conv", True), ("mbconv", True)])
+def test_intact_kernels_have_no_symptoms(on_cpu: None, monkeypatch: pytest.MonkeyPatch, operator: str, pairs: bool) -> None:
+    assert symptoms(operator, variant(operator, None), pairs, monkeypatch) == set()
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=name)
+def test_breakage_is_noticed(on_cpu: None, monkeypatch: pytest.MonkeyPatch, breakage: Breakage) -> None:
+    library = variant(breakage.operator, breakage)
+    assert breakage.noticed in symptoms(breakage.operator, library, breakage.pairs, monkeypatch)

@@ -1,0 +1,151 @@
+"""The kernels' own source, run on the CPU: within the error budget, without a report, every output byte written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowkernels.cuda import tiling
+from lowkernels.ops import OPERATORS
+from lowkernels.testing import Call, check_call, random_call
+from tests.cuda import cases, execution
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def prove(library: Path, call: Call) -> None:
+    """Both schedules: right, silent, and the same to the last bit."""
+    results = []
+    for schedule in execution.SCHEDULES:
+        with execution.watched(library, schedule) as outcome:
+            results.append(check_call(call.operator, call.args, "cuda"))
+        assert not outcome.reports, "\n".join(outcome.reports)
+        assert outcome.blocks
+        assert outcome.shared <= tiling.SMALLEST.shared
+    assert torch.equal(*results)
+
+
+def run(library: Path, operator: str, args: tuple[Any, ...]) -> torch.Tensor:
+    with execution.watched(library) as outcome:
+        result = execution.run(operator, args)
+    assert not outcome.reports, "\n".join(outcome.reports)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("operator", "shape"), [(name, shape) for name in cases.OPERATORS for shape in cases.NAMED[name]])
+def test_named_shapes(kernels: Path, operator: str, shape: dict[str, Any], dtype: str) -> None:
+    prove(kernels, random_call(operator, dtype=DTYPES[dtype], **shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_contract(kernels: Path, operator: str, dtype: str) -> None:
+    served = 0
+    for shape in cases.random_cases(operator, 24):
+        call = random_call(operator, dtype=DTYPES[dtype], **shape)
+        reason = dict(OPERATORS[operator].explain(*call.args).rejected).get("cuda")
+        if reason is None:
+            prove(kernels, call)
+            served += 1
+        else:
+            assert "tokens" in reason
+    assert served >= 20
+
+
+@pytest.mark.parametrize("operator", ["separable_conv", "mbconv"])
+@pytest.mark.parametrize(
+    "tile", [tiling.Tile(2, 7, 7, 3), tiling.Tile(1, 7, 14, 3), tiling.Tile(1, 4, 14, 2), tiling.Tile(1, 1, 1, 2)]
+)
+def test_tiles_of_larger_gpus(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str, tile: tiling.Tile) -> None:
+    monkeypatch.setattr(tiling, "choose", lambda shape, device: tile)
+    size = tile.height * tile.images if tile.height > 1 else 7
+    call = random_call(operator, channels=136, hidden=72, out_channels=136, height=size, width=size, batch=3, dtype=torch.bfloat16)
+    for schedule in execution.SCHEDULES:
+        with execution.watched(kernels, schedule) as outcome:
+            check_call(operator, call.args, "cuda")
+        assert not outcome.reports, "\n".join(outcome.reports)
+
+
+@pytest.mark.parametrize("operator", ["separable_conv", "mbconv"])
+def test_plan_asks_for_what_the_launcher_asks_for(kernels: Path, operator: str) -> None:
+    for shape in cases.random_cases(operator, 12):
+        call = random_call(operator, dtype=torch.bfloat16, **shape)
+        x = call.args[0]
+        out_channels = shape["out_channels"]
+        expanded = shape["hidden"] if operator == "mbconv" else 0
+        planned = tiling.Shape(
+            *x.shape, out_channels, shape["kernel_size"], shape["stride"], shape["padding"], expanded, expanded > 0
+        )
+        tile = tiling.choose(planned, tiling.SMALLEST)
+        assert tile is not None
+        with execution.watched(kernels) as outcome:
+            execution.run(operator, call.args)
+        assert outcome.shared == tiling.shared_bytes(planned, tile)
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_nan_stays_in_its_image(kernels: Path, operator: str) -> None:
+    call = random_call(operator, batch=3, channels=32, dtype=torch.float16)
+    poisoned = call.args[0].clone(memory_format=torch.preserve_format)
+    poisoned[1] = torch.nan
+    clean, out = (run(kernels, operator, (x, *call.args[1:])) for x in (call.args[0], poisoned))
+    assert torch.equal(out[0], clean[0])
+    assert torch.equal(out[2], clean[2])
+    assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_input_that_starts_anywhere(kernels: Path, operator: str) -> None:
+    call = random_call(operator, channels=12, dtype=torch.float16)
+    x = call.args[0]
+    storage = torch.empty(x.numel() + 1, dtype=x.dtype)
+    shifted = storage[1:].view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    shifted.copy_(x)
+    assert shifted.data_ptr() % 16
+    assert torch.equal(run(kernels, operator, (shifted, *call.args[1:])), run(kernels, operator, call.args))
+
+
+def test_many_tokens_with_the_shared_memory_of_larger_gpus(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = random_call("lowtention", channels=128, num_heads=2, head_dim=32, height=16, width=16, batch=1, dtype=torch.float16)
+    assert "bytes of shared memory" in dict(OPERATORS["lowtention"].explain(*call.args).rejected)["cuda"]
+    monkeypatch.setattr(tiling, "SMALLEST", tiling.Device(163 * 1024, 164 * 1024, 108))
+    prove(kernels, call)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [({"height": 17, "width": 16}, "has 272 tokens"), ({"head_dim": 68}, "heads have 68 channels")]
+)
+def test_attention_that_is_not_served_says_why(on_cpu: None, shape: dict[str, Any], words: str) -> None:
+    call = random_call("lowtention", channels=16, num_heads=1, dtype=torch.float16, **shape)
+    assert words in dict(OPERATORS["lowtention"].explain(*call.args).rejected)["cuda"]
+
+
+def test_attention_plan_asks_for_what_the_launcher_asks_for(kernels: Path) -> None:
+    from lowkernels.ops.lowtention import cuda
+
+    call = random_call("lowtention", channels=36, num_heads=2, head_dim=12, height=9, width=9, dtype=torch.float16)
+    with execution.watched(kernels) as outcome:
+        execution.run("lowtention", call.args)
+    assert outcome.shared == cuda.shared_bytes(36, 32, 81)
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_what_is_not_served_says_why(on_cpu: None, operator: str) -> None:
+    op = OPERATORS[operator]
+    for shape, words in [({"dtype": torch.float32}, "not torch.float32"), ({"channels": 6, "dtype": torch.float16}, "is 6;")]:
+        call = random_call(operator, **{"num_heads": 1, **shape})
+        choice = op.explain(*call.args)
+        reasons = dict(choice.rejected)
+        assert choice.backend != "cuda"
+        assert words in reasons["cuda"]
+
+
+def test_too_many_channels_for_shared_memory(on_cpu: None) -> None:
+    call = random_call("mbconv", channels=2048, hidden=8, out_channels=8, kernel_size=7, batch=1, dtype=torch.float16)
+    reasons = dict(OPERATORS["mbconv"].explain(*call.args).rejected)
+    assert "needs" in reasons["cuda"]
+    assert "bytes of shared memory" in reasons["cuda"]
