@@ -412,7 +412,8 @@ class FusedBlock(nn.Module):
             kept = self._buffers[f"_folded_{2 * len(self._NORMS)}"]
             assert kept is not None
             self._kept_dtype = kept.dtype
-            self._make_packs()
+            if not kept.is_meta:
+                self._make_packs()
         else:
             self._refresh()
         return self

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import activations
+from ..ops.eager import group_norm_input
 from .block import FusedBlock
 
 
@@ -461,6 +462,8 @@ class Lowtention(FusedBlock):
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         num_heads = max(1, channels // 60) if num_heads is None else num_heads
+        if num_heads < 1:
+            raise InputError(f"lowkernels.nn.{type(self).__name__}: num_heads is {num_heads}; allowed is 1 or more")
         head_dim = (channels // num_heads) // 2 if head_dim is None else head_dim
         inner = num_heads * head_dim
         self.norm = nn.GroupNorm(1, channels, eps=eps, **kind) if group_norm else None
@@ -515,7 +518,7 @@ class Lowtention(FusedBlock):
             self._wrong("qkv", "has a bias; allowed is none")
 
     def _compose(self, x: Tensor) -> Tensor:
-        out = x if self.norm is None else self.norm(x)
+        out = x if self.norm is None else self.norm(group_norm_input(x, self.norm.weight, self.norm.bias))
         out = self.dw(out)
         qkv = self.qkv(out if self.dw_norm is None else self.dw_norm(out))
         heads = qkv.flatten(2).unflatten(1, (self._config["num_heads"], -1)).transpose(2, 3)
@@ -608,7 +611,8 @@ class GroupNormMLP(FusedBlock):
         return cls._adopt(original, parts, {"act": act, "residual": residual, "eps": eps}, backend)
 
     def _compose(self, x: Tensor) -> Tensor:
-        out = self.fc2(activations.activate(self.fc1(self.norm(x)), self._config["act"]))
+        out = self.norm(group_norm_input(x, self.norm.weight, self.norm.bias))
+        out = self.fc2(activations.activate(self.fc1(out), self._config["act"]))
         return out + x if self._config["residual"] else out
 
     def _arguments(self, x: Tensor, weights: list[Tensor | None]) -> tuple[Any, ...]:

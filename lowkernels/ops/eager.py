@@ -16,14 +16,18 @@ def add(out: Tensor, x: Tensor) -> Tensor:
     return out + x if torch.is_grad_enabled() else out.add_(x)
 
 
+def group_norm_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` in a layout GroupNorm can train on. On the CPU, PyTorch's backward (2.13 still) crashes where a channels_last input
+    needs no gradient but the weights do."""
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    unsafe = torch.is_grad_enabled() and trainable and not x.requires_grad
+    return x.clone(memory_format=torch.contiguous_format) if unsafe else x
+
+
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """GroupNorm with one group."""
-    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and trainable and not x.requires_grad:
-        # On the CPU, PyTorch's backward (2.13 still) crashes where a channels_last input needs no gradient but the weights do.
-        x = x.clone(memory_format=torch.contiguous_format)
     # Not torch.nn.functional's, which refuses a single value (N = C = H = W = 1).
-    return torch.group_norm(x, 1, weight, bias, eps)
+    return torch.group_norm(group_norm_input(x, weight, bias), 1, weight, bias, eps)
 
 
 def unsupported_weights(*weights: object) -> str | None:
