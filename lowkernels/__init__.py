@@ -6,6 +6,7 @@ from . import nn, ops
 from ._version import __version__
 from .dispatch import Choice, use_backend
 from .errors import BackendError, FrozenError, InputError, LowkernelsError
+from .graphs import graphed
 from .nn import freeze, repack
 from .ops import explain
 from .patching import accelerate, restore
@@ -23,6 +24,7 @@ __all__ = [
     "accelerate",
     "explain",
     "freeze",
+    "graphed",
     "nn",
     "ops",
     "repack",

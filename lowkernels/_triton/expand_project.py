@@ -157,7 +157,13 @@ def plan(
         piece = ceil_div(length, PIECES)
         partial = torch.empty((batch, 2, PIECES), dtype=torch.float32, device=x.device)
         launches.append(
-            Launch(statistics_pieces, (batch, PIECES, 1), (x, partial, length, piece), {"PIECES": PIECES, "BS": 4096}, {"num_warps": 4, "num_stages": 1, "row": -1})
+            Launch(
+                statistics_pieces,
+                (batch, PIECES, 1),
+                (x, partial, length, piece),
+                {"PIECES": PIECES, "BS": 4096},
+                {"num_warps": 4, "num_stages": 1, "row": -1},
+            )
         )
     launches.append(
         Launch(

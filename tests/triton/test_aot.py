@@ -45,7 +45,8 @@ def test_spills_are_found() -> None:
     layer = next(layer for layer in layers.layers(224, ["lowformer_b0"]) if layer[0] == "fused_mbconv")
     job = aot.Job(layer, 256, "float16", 80)
     (launch,) = aot.planned(job)
-    huge = aot.Launch(launch.kernel, launch.grid, launch.args, {**launch.constants, "BM": 256, "BE": 128}, dict(launch.config, num_warps=4))
+    constants = {**launch.constants, "BM": 256, "BE": 128}
+    huge = aot.Launch(launch.kernel, launch.grid, launch.args, constants, {**launch.config, "num_warps": 4})
     resources = aot.compile_launch(huge, 80)
     assert resources.spills > 0
     assert "spills" in aot.problem(huge, resources, job)
