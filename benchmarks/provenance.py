@@ -7,8 +7,10 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ def commit() -> dict[str, Any]:
     head = _run("git", "rev-parse", "HEAD")
     status = _run("git", "status", "--porcelain", "--", *_MEASURED, ":!benchmarks/results")
     return {"commit": head, "dirty": None if status is None else bool(status)}
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line that repeats a run, without the folder of its results, which is of this machine."""
+    rest = list(arguments)
+    while "--out" in rest:
+        del rest[rest.index("--out") : rest.index("--out") + 2]
+    return shlex.join(["python", "-m", "benchmarks", *rest])
 
 
 def cpu_name() -> str:
@@ -104,7 +114,7 @@ def describe(device: str, interference: str) -> dict[str, Any]:
             continue
     row: dict[str, Any] = {
         "kind": "run",
-        "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         **commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device,

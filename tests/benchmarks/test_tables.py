@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import render, rows
+from benchmarks import provenance, render, rows
 from benchmarks.cli import main
 from benchmarks.rows import Row
 
@@ -161,6 +161,12 @@ def test_file_names_are_like_timms() -> None:
     assert rows.file_name("models", ["float32", "bfloat16"], RUN) == "benchmark-models-fp32+bf16-nhwc-pt213-cpu-some_9_2t.jsonl"
     gpu = {**RUN, "device": "cuda", "device_name": "NVIDIA H200", "cuda": "13.0"}
     assert rows.file_name("ops", ["float16"], gpu) == "benchmark-ops-fp16-nhwc-pt213-cu130-h200.jsonl"
+
+
+def test_commands_are_kept_without_the_folder_they_wrote_to() -> None:
+    given = ["models", "--out", "/some/where", "--quick", "--contenders", "a|b"]
+    assert provenance.command(given) == "python -m benchmarks models --quick --contenders 'a|b'"
+    assert provenance.command(["ceilings"]) == "python -m benchmarks ceilings"
 
 
 def test_a_subject_measured_again_replaces_the_first_measurement() -> None:
