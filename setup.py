@@ -1,7 +1,7 @@
 """Build entry point. The metadata is in pyproject.toml.
 
-The C++ sources travel in the wheel, to be compiled on the user's machine when they are first needed. With ``LOWKERNELS_BUILD_CPU=1``
-the CPU kernels are compiled during the build and travel too:
+The C++ sources travel in the wheel, to be compiled on the user's machine when they are first needed. With
+``LOWKERNELS_BUILD_CPU=1`` the CPU kernels are compiled during the build and travel too:
 
     LOWKERNELS_BUILD_CPU=1 pip install --no-build-isolation .
 

@@ -1,9 +1,10 @@
 """The base of the drop-in modules: one block of a model that runs as one operator in eval mode.
 
-A block keeps the children of the module it replaces as its own, under their old names, so parameters and state dict stay what they
-were. In train mode it runs the replaced module's own code. In eval mode it runs the operator on weights with BatchNorm folded in and
-laid out for the backend. Those are kept as non-persistent buffers and follow the parameters: every eager call compares the identity,
-version counter and storage of each source with what they were when the weights were made, and makes them again where they differ.
+A block keeps the children of the module it replaces as its own, under their old names, so parameters and state dict stay what
+they were. In train mode it runs the replaced module's own code. In eval mode it runs the operator on weights with BatchNorm folded
+in and laid out for the backend. Those are kept as non-persistent buffers and follow the parameters: every eager call compares the
+identity, version counter and storage of each source with what they were when the weights were made, and makes them again where
+they differ.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class FusedBlock(nn.Module):
             BackendError: the backend asked for by name cannot serve x.
         """
         # A child left in train mode (BatchNorm, dropout) or watched by a hook must run itself.
-        if self.training or any([m.training for m in self._mode_sensitive]) or any(self._hooks_of_children):
+        if self.training or any(m.training for m in self._mode_sensitive) or any(self._hooks_of_children):
             return self._ordinary(x)
         # PyTorch has no grad, jvp or vmap rules for operators defined in Python; the ordinary path has them all.
         if torch._C._are_functorch_transforms_active() and not self._frozen:
@@ -247,7 +248,7 @@ class FusedBlock(nn.Module):
         # Version counters cannot be compared in a trace: it takes the weights kept at its start. See repack().
         if not self._frozen:
             dtype = self._compute_dtype(x.device.type)
-            needs_grad = torch.is_grad_enabled() and any([p.requires_grad for p in self.parameters()])
+            needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
             if self._kept_dtype != dtype or needs_grad:
                 return self._live_weights(dtype), None
         return self._kept_weights(), self._kept_packs()
@@ -268,7 +269,7 @@ class FusedBlock(nn.Module):
             kept, packs = self._kept_weights(), self._kept_packs()
         # A traced graph (torch.jit) is checked without gradients and used with them.
         gradients = torch.is_grad_enabled() or torch._C._is_tracing()
-        if gradients and any([p.requires_grad for p in self.parameters()]):
+        if gradients and any(p.requires_grad for p in self.parameters()):
             # The packed weights give the value; the live ones carry gradients back to the parameters.
             return self._live_weights(dtype), packs
         return kept, packs

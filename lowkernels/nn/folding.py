@@ -20,7 +20,8 @@ def fold(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, exac
     weight, bias = conv.weight, conv.bias
     if norm is None:
         return weight, bias
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     dtype = torch.float64 if exact else torch.promote_types(weight.dtype, torch.float32)
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     if norm.weight is not None:

@@ -133,5 +133,5 @@ def test_features_only_uses_the_operators() -> None:
 
 
 def test_unknown_kernels_are_refused() -> None:
-    with pytest.raises(lowkernels.BackendError, match="nonesuch.*allowed are"):
+    with pytest.raises(lowkernels.BackendError, match=r"nonesuch.*allowed are"):
         lowformer.create_model("lowformer_b0", kernels="nonesuch")

@@ -26,8 +26,8 @@ def conv_act(
     """Dense k x k convolution, bias, activation, optional residual and optional global average pool, as one operator.
 
     Computes ``y = act(conv2d(x, weight) + bias)``, then ``y + residual`` if given, then the mean over H and W if ``pool``.
-    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share one
-    dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
+    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share
+    one dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
 
     Args:
         x: (N, C_in, H, W), any C_in.

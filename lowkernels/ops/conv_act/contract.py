@@ -8,7 +8,8 @@ from .. import checks
 
 NAME = "conv_act"
 SCHEMA = (
-    "Tensor x, Tensor weight, Tensor? bias=None, str act='none', int stride=1, int padding=0, Tensor? residual=None, bool pool=False"
+    "Tensor x, Tensor weight, Tensor? bias=None, str act='none', int stride=1, int padding=0, Tensor? residual=None, "
+    "bool pool=False"
 )
 INPUTS = ("x", "residual")
 

@@ -27,8 +27,8 @@ def fused_mbconv(
     """Fused inverted residual block: dense k x k expansion with activation, 1x1 projection, as one operator.
 
     Computes ``y = project(act(conv2d(x)))``, each convolution with its bias, then ``y + x`` if ``residual``.
-    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share one
-    dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
+    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share
+    one dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
 
     Source: Tan and Le, "EfficientNetV2", arXiv 2104.00298, section 3.2.
 
@@ -53,7 +53,9 @@ def fused_mbconv(
         BackendError: the backend asked for by name cannot serve the call.
     """
     tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
-    out: Tensor = OPERATOR.overload(x, conv_weight, conv_bias, project_weight, project_bias, act, stride, padding, residual, tensors, packed_for, backend)
+    out: Tensor = OPERATOR.overload(
+        x, conv_weight, conv_bias, project_weight, project_bias, act, stride, padding, residual, tensors, packed_for, backend
+    )
     return out
 
 

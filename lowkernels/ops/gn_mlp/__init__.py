@@ -28,8 +28,8 @@ def gn_mlp(
     """GroupNorm with one group, 1x1 expansion, activation, 1x1 projection, as one operator.
 
     Computes ``y = fc2(act(fc1(group_norm(x))))``, then ``y + x`` if ``residual``.
-    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share one
-    dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
+    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share
+    one dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
 
     Source: Nottebaum et al., "LowFormer", WACV 2025, arXiv 2409.03460, section 3.
 
@@ -55,7 +55,9 @@ def gn_mlp(
         BackendError: the backend asked for by name cannot serve the call.
     """
     tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
-    out: Tensor = OPERATOR.overload(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, residual, tensors, packed_for, backend)
+    out: Tensor = OPERATOR.overload(
+        x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, residual, tensors, packed_for, backend
+    )
     return out
 
 

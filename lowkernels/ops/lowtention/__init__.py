@@ -30,10 +30,10 @@ def lowtention(
     """LowFormer's attention block at reduced resolution and half the channels, as one operator.
 
     Computes, with d = C_qkv / (3 num_heads): optional GroupNorm with one group; depthwise k x k convolution with padding k // 2
-    and ``stride``; 1x1 convolution to q, k, v; softmax(q k^T / sqrt(d)) v over all positions; transposed convolution (k 3, padding 1
-    for stride 1; k 4, padding 1 for stride 2); crop to H x W; then ``+ x`` if ``residual``.
-    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share one
-    dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
+    and ``stride``; 1x1 convolution to q, k, v; softmax(q k^T / sqrt(d)) v over all positions; transposed convolution (k 3,
+    padding 1 for stride 1; k 4, padding 1 for stride 2); crop to H x W; then ``+ x`` if ``residual``.
+    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share
+    one dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
 
     Source: Nottebaum et al., "LowFormer", WACV 2025, arXiv 2409.03460, section 3.
 
@@ -61,7 +61,23 @@ def lowtention(
         BackendError: the backend asked for by name cannot serve the call.
     """
     tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
-    out: Tensor = OPERATOR.overload(x, norm_weight, norm_bias, eps, dw_weight, dw_bias, qkv_weight, up_weight, up_bias, num_heads, stride, residual, tensors, packed_for, backend)
+    out: Tensor = OPERATOR.overload(
+        x,
+        norm_weight,
+        norm_bias,
+        eps,
+        dw_weight,
+        dw_bias,
+        qkv_weight,
+        up_weight,
+        up_bias,
+        num_heads,
+        stride,
+        residual,
+        tensors,
+        packed_for,
+        backend,
+    )
     return out
 
 
@@ -88,4 +104,17 @@ def pack_lowtention(
     Raises:
         BackendError: ``backend`` is unknown or can never serve these weights.
     """
-    return OPERATOR.pack(norm_weight, norm_bias, eps, dw_weight, dw_bias, qkv_weight, up_weight, up_bias, num_heads, stride, residual, backend=backend)
+    return OPERATOR.pack(
+        norm_weight,
+        norm_bias,
+        eps,
+        dw_weight,
+        dw_bias,
+        qkv_weight,
+        up_weight,
+        up_bias,
+        num_heads,
+        stride,
+        residual,
+        backend=backend,
+    )

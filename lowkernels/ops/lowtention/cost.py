@@ -24,14 +24,16 @@ def cost(
 ) -> Cost:
     """Flops and bytes of one call; reads shapes and dtypes only."""
     affine, weights = (norm_weight, norm_bias), (dw_weight, dw_bias, qkv_weight, up_weight, up_bias)
-    n, channels, height, width = contract.infer_shape(x, *affine, eps, *weights, num_heads, stride, residual)
+    n, channels, height, width = contract.infer_shape(
+        x, norm_weight, norm_bias, eps, dw_weight, dw_bias, qkv_weight, up_weight, up_bias, num_heads, stride, residual
+    )
     tokens, element = -(-height // stride) * -(-width // stride), x.element_size()
     inner = up_weight.shape[0]
     small = n * tokens * x.shape[1] * element
     qkv, values = 3 * n * tokens * inner * element, n * tokens * inner * element
     out = n * height * width * channels * element
     skip = size(x) if residual else 0
-    steps = (
+    steps: tuple[Step, ...] = (
         Step("dw", 2 * n * tokens * dw_weight.numel(), size(x) + size(dw_weight, dw_bias) + small),
         Step("qkv", 2 * n * tokens * qkv_weight.numel(), small + size(qkv_weight) + qkv),
         Step("attention", 4 * n * tokens * tokens * inner, qkv + values),

@@ -29,8 +29,8 @@ def mbconv(
     """Inverted residual block: 1x1 expansion, depthwise k x k, 1x1 projection, as one operator.
 
     Computes ``y = project(act(depthwise(act(expand(x)))))``, each convolution with its bias, then ``y + x`` if ``residual``.
-    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share one
-    dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
+    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share
+    one dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
 
     Source: Sandler et al., "MobileNetV2", arXiv 1801.04381, section 3.3.
 
@@ -57,7 +57,22 @@ def mbconv(
         BackendError: the backend asked for by name cannot serve the call.
     """
     tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
-    out: Tensor = OPERATOR.overload(x, expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias, act, stride, padding, residual, tensors, packed_for, backend)
+    out: Tensor = OPERATOR.overload(
+        x,
+        expand_weight,
+        expand_bias,
+        dw_weight,
+        dw_bias,
+        project_weight,
+        project_bias,
+        act,
+        stride,
+        padding,
+        residual,
+        tensors,
+        packed_for,
+        backend,
+    )
     return out
 
 
@@ -83,4 +98,16 @@ def pack_mbconv(
     Raises:
         BackendError: ``backend`` is unknown or can never serve these weights.
     """
-    return OPERATOR.pack(expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias, act, stride, padding, residual, backend=backend)
+    return OPERATOR.pack(
+        expand_weight,
+        expand_bias,
+        dw_weight,
+        dw_bias,
+        project_weight,
+        project_bias,
+        act,
+        stride,
+        padding,
+        residual,
+        backend=backend,
+    )

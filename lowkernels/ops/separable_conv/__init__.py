@@ -28,8 +28,8 @@ def separable_conv(
     """Depthwise k x k convolution, then 1x1 convolution, each with bias and activation, as one operator.
 
     Computes ``y = pw_act(conv1x1(dw_act(depthwise(x) + dw_bias)) + pw_bias)``, then ``y + x`` if ``residual``.
-    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share one
-    dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
+    Memory layout is NHWC: a channels_last ``x`` is read as it is, any other is copied once. Biases may be None. All tensors share
+    one dtype (float16, bfloat16, float32, or float64 on the reference) and one device.
 
     Source: Howard et al., "MobileNets", arXiv 1704.04861, section 3.1.
 
@@ -55,7 +55,9 @@ def separable_conv(
         BackendError: the backend asked for by name cannot serve the call.
     """
     tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
-    out: Tensor = OPERATOR.overload(x, dw_weight, dw_bias, dw_act, pw_weight, pw_bias, pw_act, stride, padding, residual, tensors, packed_for, backend)
+    out: Tensor = OPERATOR.overload(
+        x, dw_weight, dw_bias, dw_act, pw_weight, pw_bias, pw_act, stride, padding, residual, tensors, packed_for, backend
+    )
     return out
 
 
