@@ -63,7 +63,7 @@ _TELLTALES = {
     "native_dropout": "applies dropout in eval mode",
     "mean": "averages over space inside the block, as squeeze-and-excitation does",
     "_adaptive_avg_pool2d": "averages over space inside the block, as squeeze-and-excitation does",
-    "constant_pad_nd": "pads explicitly, as TensorFlow's asymmetric 'same' padding does",
+    "constant_pad_nd": "pads explicitly, as asymmetric 'same' padding does",
     "avg_pool2d": "pools inside the block, as anti-aliasing layers do",
     "max_pool2d_with_indices": "pools inside the block",
     "cat": "concatenates, as mixed convolutions do",

@@ -74,9 +74,7 @@ def _is_parallel(model: nn.Module) -> bool:
     return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
 
 
-def _accelerate(
-    model: nn.Module, backend: str, fold_batch_norm: bool, channels_last: bool, example_input: Tensor | None
-) -> None:
+def _accelerate(model: nn.Module, backend: str, fold_batch_norm: bool, channels_last: bool, example_input: Tensor | None) -> None:
     notes: dict[str, Row] = dict(model.__dict__.get(NOTES, {}))
     exchanges = Exchanges()
     strides: dict[str, tuple[int, ...]] = {}

@@ -112,8 +112,6 @@ def fused(model: nn.Module) -> list[FusedBlock]:
     return [m for m in model.modules() if isinstance(m, FusedBlock)]
 
 
-
-
 class InvertedResidual(nn.Module):
     """The plainest block an operator serves: what the look-alikes look like."""
 

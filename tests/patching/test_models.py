@@ -16,7 +16,7 @@ from lowkernels.patching.batchnorm import FoldedNorm, FoldedNormConv
 from lowkernels.patching.verification import is_candidate
 from lowkernels.testing import assert_within_budget
 from tests.lowformer.helpers import authors_shapes, authors_state, golden, images
-from tests.patching import official
+from tests.patching import official, table
 from tests.patching.helpers import LONGEST_SUM, Snapshot, counts, image, randomise, run
 from tests.patching.zoo import ZOO, Entry
 
@@ -35,6 +35,7 @@ def test_accelerated_and_restored(entry: Entry) -> None:
     assert lowkernels.accelerate(model, backend="eager") is model
     report = lowkernels.report(model)
     assert counts(report) == dict(sorted(entry.replaced.items()))
+    assert table.line(entry, report) in table.PAGE.read_text(), "run python -m tests.patching.table"
     snapshot.assert_state_kept()
     accelerated = run(model, x)[0]
     assert_within_budget(accelerated, eager, truth, LONGEST_SUM, entry.name)

@@ -93,5 +93,3 @@ ZOO = (
     Entry("ResNet (timm)", "timm", "resnet18", {"BatchNorm2d": 17, "conv_act": 3}),
     Entry("ViT (timm)", "timm", "vit_tiny_patch16_224", {}, size=224),
 )
-
-
