@@ -106,12 +106,12 @@ LK_DEVICE void multiply(float (&acc)[M][G][2][4], const uint32_t (&a)[M], int ro
     Bits8 now[G] = {}, next[G] = {};
 #pragma unroll
     for (int g = 0; g < G; g++)
-        if (g < groups) now[g] = from[static_cast<int64_t>(g) * stride * kWarp];
+        if (g < groups) now[g] = from[g * stride * kWarp];
     for (int step = 0; step < steps; step++) {
         if (step + 1 < steps) {
 #pragma unroll
             for (int g = 0; g < G; g++)
-                if (g < groups) next[g] = from[(static_cast<int64_t>(g) * stride + step + 1) * kWarp];
+                if (g < groups) next[g] = from[(g * stride + step + 1) * kWarp];
         }
         multiply_step<T>(acc, a, step * 32, rows, now, groups);
 #pragma unroll

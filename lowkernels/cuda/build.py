@@ -41,7 +41,8 @@ _PREBUILT = "lowkernels_cuda.so"
 _MARKER = b"lowkernels-cuda-version:"
 
 _KERNELS = ("separable_conv", "mbconv", "lowtention")
-_NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
+# -Xptxas=-v: what each kernel takes of registers and memory, for the logger.
+_NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 # TORCH_TARGET_VERSION 2.10: nothing newer than that release's ABI is used.
 _HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
@@ -179,7 +180,8 @@ def kernel_command(nvcc: str, source: Path, output: Path, pairs: Sequence[tuple[
 
 
 def compile_library(output: Path, listed: str | None = None) -> None:
-    """Compile the library to ``output``, replacing it at once when done.
+    """Compile the library to ``output``, replacing it at once when done. The ``lowkernels`` logger gets, as a debug message for
+    each file, what the compiler says of its kernels' registers and memory.
 
     Args:
         output: a file name.
@@ -204,7 +206,8 @@ def compile_library(output: Path, listed: str | None = None) -> None:
         include = f"-isystem{torch_folder / 'include'}"
         commands.append([host, *_HOST_FLAGS, defines, include, "-c", str(folder / "bind.cpp"), "-o", str(objects[-1])])
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            list(pool.map(_run, commands))
+            for said in pool.map(_run, commands):
+                _log.debug("%s", said)
         library = f"{temporary}/library.so"
         # The CUDA runtime goes in whole: no version of libcudart is asked for, and without a driver the library still loads.
         libraries = [f"-L{torch_folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-Xlinker=--exclude-libs,ALL"]
@@ -222,7 +225,7 @@ def _build_once() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if built() is None:
             _log.warning(
-                "compiling the CUDA kernels with %s into %s, once; a minute or so for each architecture (%s=0 turns this off)",
+                "compiling the CUDA kernels with %s into %s, once; about half a minute for each architecture (%s=0 turns this off)",
                 compiler(),
                 path.parent,
                 JIT_VARIABLE,

@@ -150,6 +150,19 @@ def kernels(changes: dict[str, Callable[[str], str]] | None = None, names: Seque
     return _library("kernels", kept, compile_)
 
 
+def conformance() -> Path:
+    """``conformance.cu`` for the shim."""
+    source = Path(__file__).parent / "conformance.cu"
+
+    def compile_(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(["g++", *_KERNEL_FLAGS, "-c", str(source), "-o", f"{folder}/out.o"])
+            _run(["g++", "-shared", f"{folder}/out.o", "-o", f"{folder}/out.so"])
+            shutil.move(f"{folder}/out.so", path)
+
+    return _library("conformance", {**_contents(SOURCES, SHIM), source.name: source.read_bytes()}, compile_)
+
+
 def choose(library: Path) -> None:
     """Make `library` the kernels that run from now on."""
     problem = machine().shim_choose(str(library).encode())

@@ -543,11 +543,12 @@ void shim_begin(int schedule, unsigned long long seed, const char* skipped) {
     S.launches = 0, S.blocks_run = 0, S.most_shared = 0;
 }
 
-// The tensors of the calls to come. What is announced twice is one range.
+// The tensors of the calls to come. What is announced twice is one range; what overlaps an earlier one has taken its memory over.
 void shim_announce(const void* data, size_t bytes, int output) {
     const auto* begin = static_cast<const unsigned char*>(data);
     for (const Range& r : S.ranges)
         if (r.begin == begin && r.end == begin + bytes && r.output == static_cast<bool>(output)) return;
+    std::erase_if(S.ranges, [&](const Range& r) { return begin < r.end && r.begin < begin + bytes; });
     S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), std::vector<uint32_t>(output ? bytes : 0)});
 }
 

@@ -1,0 +1,240 @@
+"""What nvcc makes: what kernels take of the machine, that the library loads without CUDA, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from lowkernels import BackendError, backends
+from lowkernels.cpu.build import CACHE_VARIABLE, JIT_VARIABLE, BuildError
+from lowkernels.cuda import build, library
+from lowkernels.ops import OPERATORS
+from lowkernels.testing import random_call
+from tests.cuda import cases, execution
+
+ARCHITECTURES = "8.0;9.0a"
+
+
+class Built(NamedTuple):
+    """The library, and what ptxas said of it."""
+
+    path: Path
+    report: str
+
+
+@pytest.fixture(scope="module")
+def built() -> Built:
+    """Compiled once for all workers and sessions with these sources."""
+    if build.compiler() is None:
+        pytest.skip("nvcc is not installed")
+    folder = Path(tempfile.gettempdir()) / f"lowkernels-nvcc-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{build.version()}.so"
+    report = path.with_suffix(".txt")
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.is_file():
+            said: list[str] = []
+            handler = logging.Handler()
+            handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+            logger = logging.getLogger("lowkernels")
+            level = logger.level
+            logger.addHandler(handler)
+            logger.setLevel(logging.DEBUG)
+            try:
+                build.compile_library(path, ARCHITECTURES)
+            finally:
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+            report.write_text("\n".join(said))
+    return Built(path, report.read_text())
+
+
+def test_kernels_keep_their_budget(built: Built) -> None:
+    kernels = re.findall(
+        r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        built.report,
+        re.S,
+    )
+    # Four shapes of CTA, four widths of a head; two dtypes, two architectures.
+    assert len(kernels) == 3 * 4 * 2 * 2
+    for name, arch, stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{name} for sm_{arch} spills"
+        shape = re.search(r"ConfigILi(\d+)ELi(\d+)ELi(\d+)E", name)
+        if shape:
+            tiles, warps, groups = map(int, shape.groups())
+            accumulators = tiles * groups // (8 // warps)
+            ctas = 1 if accumulators > 4 else 2
+        else:
+            steps = re.search(r"lowtentionI\w+Li(\d)E", name)
+            assert steps, name
+            ctas = 1 if int(steps[1]) > 3 else 2
+        assert int(registers) <= min(255, 65536 // 256 // ctas), f"{name} for sm_{arch}: {registers} registers, {ctas} CTAs wanted"
+
+
+def test_machine_code_has_the_instructions(built: Built) -> None:
+    found = importlib.util.find_spec("triton")
+    tools = Path(found.origin).parent / "backends" / "nvidia" / "bin" if found and found.origin else None
+    if tools is None or not (tools / "nvdisasm").is_file():
+        pytest.skip("no nvdisasm: it comes with the triton package")
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    for arch in ("sm_80", "sm_90a"):
+        command = [str(tools / "cuobjdump"), "-sass", "-arch", arch, str(built.path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        functions = re.split(r"\bFunction : ", done.stdout)[1:]
+        assert len(functions) == 3 * 4 * 2
+        for text in functions:
+            name = text.split(maxsplit=1)[0]
+            wanted = ["HMMA.16816", "LDSM"] + (["LDGSTS"] if "Config" in name else ["LDSM.16.MT88"])
+            for instruction in wanted:
+                assert instruction in text, f"{name} has no {instruction}"
+            assert not re.search(r"\b(LDL|STL)\b", text), f"{name} uses local memory"
+
+
+CODE = """
+import sys, torch
+from pathlib import Path
+from lowkernels.cuda import build
+print(build.load_library(Path(sys.argv[1])))
+for name in ("separable_conv", "mbconv", "lowtention"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lowkernels_cuda::" + name, "CUDA") == (sys.argv[2] == "loads"), name
+"""
+
+
+def load(path: Path, what: str) -> str:
+    # A process of its own: what is loaded stays.
+    done = subprocess.run([sys.executable, "-c", CODE, str(path), what], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_library_loads_without_cuda(built: Built) -> None:
+    assert load(built.path, "loads") == "None"
+
+
+def test_library_of_another_version_is_refused(built: Built, tmp_path: Path) -> None:
+    other = tmp_path / "lowkernels_cuda.so"
+    other.write_bytes(built.path.read_bytes().replace(build.version().encode(), b"0" * 20))
+    assert "is of version 00000000000000000000, not of " in load(other, "refused")
+    other.write_bytes(b"not a library")
+    assert "is of version None" in load(other, "refused")
+
+
+def test_stable_abi_of_2_10_only(built: Built) -> None:
+    undefined = subprocess.run(["nm", "-D", "-u", str(built.path)], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in undefined.splitlines()}
+    # PyTorch's C interface; its C++ symbols, Python's and the CUDA runtime's are of one version.
+    stable = {name for name in names if name.startswith(("aoti_torch_", "torch_"))}
+    assert "torch_library_impl" in stable
+    unwanted = ("Py", "_ZN3c10", "_ZN2at", "_ZN5torch", "cu")
+    assert not [name for name in names - stable if name.startswith(unwanted)]
+
+
+def test_stale_prebuilt_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lowkernels_cuda.so").write_bytes(b"lowkernels-cuda-version:old\0")
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    version = build.version()
+    monkeypatch.setattr(build, "version", lambda: version)
+    build._prebuilt.cache_clear()
+    try:
+        path, reason = build._prebuilt()
+    finally:
+        build._prebuilt.cache_clear()
+    assert path is None
+    assert reason is not None
+    assert "is of version old, not of" in reason
+
+
+def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    assert "nvcc is neither in $CUDA_HOME/bin nor on PATH" in (build.unusable() or "")
+    with pytest.raises(BuildError, match="no CUDA compiler"):
+        build.compile_library(tmp_path / "x.so")
+
+
+def test_building_can_be_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(JIT_VARIABLE, "0")
+    assert f"{JIT_VARIABLE}=0 forbids building" in (build.unusable() or "")
+
+
+@pytest.mark.parametrize(
+    ("says", "words"), [("release 11.8, V11.8.89", "is nvcc 11.8; needed is 12.8"), ("hello", "names no release")]
+)
+def test_old_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, words: str) -> None:
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho '{says}'\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert build.compiler() == str(home / "bin" / "nvcc")
+    with pytest.raises(BuildError, match=words):
+        build.compile_library(tmp_path / "x.so")
+
+
+def test_architectures() -> None:
+    assert build.architectures("8.0") == [("compute_80", "sm_80")]
+    assert build.architectures("7.5 9.0a+PTX") == [("compute_90a", "sm_90a"), ("compute_90a", "compute_90a")]
+    assert [code for _, code in build.architectures(build.ARCHITECTURES)] == [
+        "sm_80", "compute_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120",
+    ]  # fmt: skip
+    with pytest.raises(BuildError, match="'Hopper'; allowed are compute capabilities"):
+        build.architectures("Hopper")
+    with pytest.raises(BuildError, match=r"need a compute capability of 8\.0 or more"):
+        build.architectures("7.0;7.5")
+
+
+def test_import_neither_loads_nor_defines_anything() -> None:
+    code = "import torch, lowkernels; print(hasattr(torch.ops.lowkernels_cuda, 'mbconv'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_not_for_cpu_tensors(operator: str) -> None:
+    call = random_call(operator, dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match="it serves tensors on NVIDIA GPUs; these are on cpu"):
+        OPERATORS[operator].overload(*call.args, None, None, "cuda")
+    assert OPERATORS[operator].explain(*call.args).backend != "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_why_there_is_no_gpu() -> None:
+    cuda = backends.load("cuda")
+    assert cuda.unavailable("cuda") in ("this PyTorch is built without CUDA", "no CUDA device is available")
+    assert cuda.unavailable("cuda") in cuda.describe()
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_opcheck(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    overload = getattr(torch.ops.lowkernels_cuda, operator).default
+    calls = []
+
+    class Recorder:
+        def default(self, *args: object) -> None:
+            calls.append(args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.lowkernels_cuda, operator, Recorder())
+        execution.run(operator, random_call(operator, dtype=torch.float16).args)
+    (args,) = calls
+    with execution.watched(kernels):
+        torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_schemas_name_their_operators() -> None:
+    assert set(library.SCHEMAS) == set(cases.OPERATORS)
