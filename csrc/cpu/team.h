@@ -40,8 +40,8 @@ struct Team {
     i64 mine = 0;   // of them, those this thread did
     double waited = 0;  // seconds spent waiting for others, where it was long
 
-    // One phase: f(unit, next) for every unit; `next` is the unit this thread will have after it, or -1, so that its data can be
-    // prefetched. Units are handed out one by one: a thread that shares its core takes fewer. Returns when all units are done, whoever
+    // One phase: f(unit, next) for every unit; `next` is the unit this thread will have after it, so that its data can be prefetched,
+    // or -1 where that is open. Units are handed out one by one: a thread that shares its core takes fewer. Returns when all units are done, whoever
     // did them: a thread that comes late, or not at all, is not waited for.
     template <class F>
     void run(i64 units, const F& f) {
@@ -53,11 +53,13 @@ struct Team {
         until += units;
         i64 unit = take();
         while (unit >= 0) {
-            const i64 next = take();
+            // To know the next unit is to hold it: only while there are enough for everybody.
+            const bool plenty = until - __atomic_load_n(&shared->taken, __ATOMIC_RELAXED) >= size;
+            const i64 next = plenty ? take() : -1;
             f(unit - start, next >= 0 ? next - start : -1);
             ++mine;
             __atomic_fetch_add(&shared->done, 1, __ATOMIC_ACQ_REL);
-            unit = next;
+            unit = next >= 0 ? next : take();
         }
         for (int spins = 0; __atomic_load_n(&shared->done, __ATOMIC_ACQUIRE) < until; ++spins) {
             if (spins == 2000) return yield();
@@ -136,7 +138,7 @@ void parallel(const Context& context, i64 items, i64 common_bytes, i64 item_byte
         return;
     }
     const double start = seconds();
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     body(omp_get_num_threads(), omp_get_thread_num());
     // A thread whose core is taken by another process cannot even leave the region before it has run again, milliseconds later. When
     // that costs more than the help was worth, the next calls are made alone, twice as many each time.

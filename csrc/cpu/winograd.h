@@ -72,15 +72,16 @@ void transform_input(const T* image, const WinogradBlock& block, i64 tile_row, f
     }
 }
 
-// A^T m A of every tile of one panel, then bias, activation, residual.
+// A^T m A of the tiles [begin, end) of one panel, then bias, activation, residual.
 template <class T>
-void transform_output(const float* m, const WinogradBlock& block, const Conv& conv, int act, const Target<T>& target, i64 panel) {
+void transform_output(const float* m, const WinogradBlock& block, const Conv& conv, int act, const Target<T>& target, i64 panel,
+                      i64 begin, i64 end) {
     const int width = panel_width(conv.out, panel);
     const i64 column = panel * NW, columns = smaller(width, target.columns - column);
-    const i64 plane = block.tiles() * width, per_row = block.tile_columns(), height = block.y1 - block.y0;
+    const i64 plane = (end - begin) * width, per_row = block.tile_columns(), height = block.y1 - block.y0;
     alignas(64) float y[4 * NW];
-    for (i64 tile = 0; tile < block.tiles(); ++tile) {
-        const float* from = m + tile * width;
+    for (i64 tile = begin; tile < end; ++tile) {
+        const float* from = m + (tile - begin) * width;
         for (int v = 0; v < width; v += VL) {
             V t[8];
 #pragma GCC unroll 4
@@ -113,25 +114,27 @@ void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv
               float* transformed, float* products, const Conv* then = nullptr) {
     warm<float>(conv, team.rank);
     team.run(block.tile_rows(), [&](i64 row, i64) { transform_input(image, block, row, transformed); });
-    const i64 tiles = block.tiles(), pitch = block.pitch(), depth = conv.in;
-    team.run(panels_of(conv.out), [&](i64 panel, i64 next) {
+    const i64 tiles = block.tiles(), pitch = block.pitch(), depth = conv.in, panels = panels_of(conv.out);
+    const i64 groups = groups_of(team, panels, divide_up(tiles, MR));
+    team.run(panels * groups, [&](i64 unit, i64 next) {
+        const i64 panel = unit / groups, begin = unit % groups * tiles / groups, end = (unit % groups + 1) * tiles / groups;
         const int width = panel_width(conv.out, panel);
         const float* weight = winograd_panel(conv, panel);
-        const char* after = next >= 0 ? reinterpret_cast<const char*>(winograd_panel(conv, next)) : nullptr;
+        const char* after = next >= 0 ? reinterpret_cast<const char*>(winograd_panel(conv, next / groups)) : nullptr;
         const i64 slab = depth * width;
         for (int f = 0; f < 16; ++f) {
             // The next slab of weights arrives while this one is used.
             const char* ahead = f < 15 ? reinterpret_cast<const char*>(weight + (f + 1) * slab) : after;
             Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(float)) : nullptr, 0};
             if (!ahead && then) prefetch = prefetch_panel<float>(*then, team.rank);
-            Source<float> source = matrix<float>(transformed + f * tiles * pitch, tiles, pitch, depth);
-            float* to = products + f * tiles * width;
+            Source<float> source = matrix<float>(transformed + (f * tiles + begin) * pitch, end - begin, pitch, depth);
+            float* to = products + f * (end - begin) * width;
             panel_tiles(source, weight + f * slab, width, 0, tiles_of_run(source), prefetch,
                         [&](const float* c, i64 rows, i64, i64 pixel) {
                             std::memcpy(to + pixel * width, c, rows * width * sizeof(float));
                         });
         }
-        transform_output(products, block, conv, act, target, panel);
+        transform_output(products, block, conv, act, target, panel, begin, end);
     });
 }
 
