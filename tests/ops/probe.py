@@ -21,16 +21,19 @@ class Probe:
     Attributes:
         missing: why the backend is not usable at all, or None.
         bad_weights, bad_input: why it refuses, or None.
+        wrong_by: what it adds to every result.
         forwards: (operator, packed) of every call that reached it.
     """
 
     KERNEL = "probe"
     DEVICES = ("cpu",)
+    SELF_CHECK = False
 
     def __init__(self) -> None:
         self.missing: str | None = None
         self.bad_weights: str | None = None
         self.bad_input: str | None = None
+        self.wrong_by = 0.0
         self.forwards: list[tuple[str, list[Tensor] | None]] = []
         self.asked_about_devices: list[str] = []
 
@@ -55,7 +58,7 @@ class Probe:
 
             def forward(self, x: Tensor, *args: Any) -> Tensor:
                 probe.forwards.append((operator, args[-1]))
-                return eager.forward(x, *args[:-1], None)
+                return eager.forward(x, *args[:-1], None) + probe.wrong_by
 
         return Kernel()
 
@@ -72,6 +75,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Probe:
     monkeypatch.setattr(backends, "PRIORITY", (NAME, "eager"))
     monkeypatch.setattr(backends, "load", load_either)
     monkeypatch.setattr(dispatch, "kernel", lambda op, name: kernels[op] if name == NAME else kernel(op, name))
+    monkeypatch.setattr(dispatch, "_checked", {})
     for operator in OPERATORS.values():
         monkeypatch.setattr(operator, "_plans", {})
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)

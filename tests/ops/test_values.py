@@ -113,6 +113,7 @@ def test_reference_in_float64(operator: str) -> None:
 def test_backend_within_its_budget(target: Target, operator: str, dtype: torch.dtype) -> None:
     if dtype not in target.dtypes:
         pytest.skip(f"{target} does not serve {dtype}")
+    run_on(target, operator, arguments(operator, dtype=dtype, device=target.device))
 
     @settings(max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.filter_too_much])
     @given(
