@@ -73,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser(
         "build",
         help="compile the native kernels now rather than on first use",
-        description="Compile the C++ CPU kernels into the cache (or a folder), if they are not there yet.",
+        description="Compile the C++ CPU kernels, or the CUDA ones, into the cache (or a folder), if they are not there yet.",
     )
+    build.add_argument("--cuda", action="store_true", help="the CUDA kernels (needs nvcc, no GPU) instead of the CPU kernels")
     build.add_argument("--output", metavar="FOLDER", help="put the library there instead of into the cache")
     build.set_defaults(run=_build)
 
@@ -134,9 +135,11 @@ def environment() -> dict[str, Any]:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from .cpu import build
+    from .cpu import build as cpu_build
+    from .cuda import build as cuda_build
 
-    return build.main([] if args.output is None else ["--output", args.output])
+    options = [] if args.output is None else ["--output", args.output]
+    return cuda_build.main(options) if args.cuda else cpu_build.main(options)
 
 
 def _cpu_name() -> str:

@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from . import backends
+from . import backends, selfcheck
 from .errors import BackendError
 
 ENVIRONMENT_VARIABLE = "LOWKERNELS_BACKEND"
@@ -122,14 +122,31 @@ def kernel(operator: str, backend: str) -> Kernel | None:
     return cast(Kernel, importlib.import_module(name))
 
 
+# Outcomes of self-checks: None for passed, or under way.
+_checked: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+
+
+def _self_check(operator: str, backend: str, like: torch.Tensor) -> str | None:
+    if not getattr(backends.load(backend), "SELF_CHECK", False):
+        return None
+    key = (operator, backend, like.device, like.dtype)
+    if key not in _checked:
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Nothing else may run in a capture; those who capture warm up first.
+            return None
+        _checked[key] = None
+        _checked[key] = selfcheck.failure(operator, backend, like.device, like.dtype)
+    return _checked[key]
+
+
 def choose(
-    operator: str, device_type: str, argument: str | None, unsupported: Callable[[Kernel], str | None]
+    operator: str, like: torch.Tensor, argument: str | None, unsupported: Callable[[Kernel], str | None]
 ) -> tuple[Kernel, Choice]:
     """Choose the backend of one call.
 
     Args:
         operator: the operator's name.
-        device_type: of the call's tensors, ``"cpu"`` or ``"cuda"``.
+        like: a tensor of the call's device and dtype.
         argument: the call's ``backend`` argument.
         unsupported: asks one kernel why it cannot serve the call.
 
@@ -140,11 +157,13 @@ def choose(
     check_name(name, f"lowkernels.{operator}: {source}: ")
 
     def refusal(backend: str) -> str | None:
-        missing = backends.load(backend).unavailable(device_type)
+        missing = backends.load(backend).unavailable(like.device.type)
         if missing is not None:
             return missing
         found = kernel(operator, backend)
-        return f"it has no {operator} kernel" if found is None else unsupported(found)
+        if found is None:
+            return f"it has no {operator} kernel"
+        return unsupported(found) or _self_check(operator, backend, like)
 
     if name != AUTO:
         reason = refusal(name)
@@ -156,7 +175,7 @@ def choose(
 
     rejected: list[tuple[str, str]] = []
     for candidate in backends.PRIORITY:
-        if device_type not in backends.load(candidate).DEVICES:
+        if like.device.type not in backends.load(candidate).DEVICES:
             continue
         reason = refusal(candidate)
         if reason is None:

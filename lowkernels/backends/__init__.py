@@ -5,6 +5,7 @@ A backend module defines
 - ``NAME``: what users pass as ``backend=``;
 - ``KERNEL``: the file name (without ``.py``) that serves it inside each operator's folder;
 - ``DEVICES``: the device types whose tensors it serves; ``auto`` does not ask it about others;
+- ``SELF_CHECK``, optional: whether each operator must pass :mod:`lowkernels.selfcheck` on a device before it is used there;
 - ``unavailable(device_type)``: why the backend cannot be used for tensors of that device type on this machine, or None. It must be
   cheap after its first call and must not start a GPU, a compiler or the network;
 - ``describe()``: one line about its versions and state for ``lowkernels info``.

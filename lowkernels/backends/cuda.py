@@ -14,6 +14,7 @@ from ..cuda import build
 NAME = "cuda"
 KERNEL = "cuda"
 DEVICES = ("cuda",)
+SELF_CHECK = True
 
 
 @functools.cache
@@ -42,4 +43,4 @@ def describe() -> str:
     path = build.built()
     if path is None:
         return f"CUDA C++ kernels: to be compiled on first use by {build.compiler()}"
-    return f"CUDA C++ kernels, version {build.version()}, {path.name}"
+    return f"CUDA C++ kernels, version {build.version()}, for {build.library_architectures(path)}"

@@ -17,6 +17,7 @@ from . import INTERPRETING
 NAME = "triton"
 KERNEL = "triton"
 DEVICES = ("cpu",) if INTERPRETING else ("cuda",)
+SELF_CHECK = not INTERPRETING
 
 MINIMUM_ARCH = (8, 0)
 

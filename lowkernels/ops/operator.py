@@ -132,9 +132,10 @@ class Operator:
         Raises:
             BackendError: ``backend`` is unknown or can never serve these weights.
         """
-        device_type = next(w.device.type for w in weights if isinstance(w, Tensor))
+        # The first weight may be a GroupNorm's; all share one device and dtype.
+        like = next(w for w in weights if isinstance(w, Tensor))
         kernel, choice = dispatch.choose(
-            self.name, device_type, backend, lambda candidate: candidate.unsupported_weights(*weights)
+            self.name, like, backend, lambda candidate: candidate.unsupported_weights(*weights)
         )
         return PackedWeights(choice.backend, kernel.pack(*weights))
 
@@ -164,7 +165,7 @@ class Operator:
         weights = self.weights(call)
         return dispatch.choose(
             self.name,
-            call[0].device.type,
+            call[0],
             backend,
             lambda kernel: kernel.unsupported_weights(*weights) or kernel.unsupported_input(*call),
         )
