@@ -50,6 +50,7 @@ struct Lowtention {
     const void* qkv;                       // fragments; columns q of all heads, k of all heads, v of all heads
     const void* up;                        // fragments for each parity of the output pixel; depth = (tap row, tap column, inner)
     const float* up_bias;
+    void *qkv_rows, *attended;  // scratch [n][tokens][3 inner] and [n][tokens][inner] for three launches; null for one
     void* out;
     bool residual;
 };

@@ -15,6 +15,8 @@
 #endif
 
 // Read from the file before it is loaded: a library of other sources is refused.
+extern "C" __attribute__((visibility("default"), used)) const char lowkernels_cuda_architectures[] =
+    "lowkernels-cuda-architectures:" LOWKERNELS_ARCHITECTURES;
 extern "C" __attribute__((visibility("default"), used)) const char lowkernels_cuda_version[] = "lowkernels-cuda-version:" LOWKERNELS_VERSION;
 
 #if defined(LOWKERNELS_SHIM)
@@ -70,6 +72,10 @@ public:
         return static_cast<const float*>(packed(t, argument, ScalarType::Float, count));
     }
 
+    void* scratch(const Tensor& t, const char* argument, int64_t count) const {
+        return const_cast<void*>(packed(t, argument, dtype_, count, true));
+    }
+
     void* output(const Tensor& t) const { return const_cast<void*>(image(t, "out", true)); }
 
     void* stream() const {
@@ -99,10 +105,10 @@ private:
         return data;
     }
 
-    const void* packed(const Tensor& t, const char* argument, ScalarType dtype, int64_t count) const {
+    const void* packed(const Tensor& t, const char* argument, ScalarType dtype, int64_t count, bool output = false) const {
         STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == count, name_, ": argument ", argument,
                         ": was packed for another call: it has ", t.numel(), " elements, needed are ", count);
-        return pointer(t, argument, false);
+        return pointer(t, argument, output);
     }
 
     const char* name_;
@@ -174,8 +180,8 @@ void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bi
     call.check(lk::lowkernels_mbconv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
 }
 
-void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, Tensor out, double eps,
-                double scale, int64_t heads, int64_t inner, int64_t kernel, int64_t stride, bool residual) {
+void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, std::vector<Tensor> scratch, Tensor out,
+                double eps, double scale, int64_t heads, int64_t inner, int64_t kernel, int64_t stride, bool residual) {
     const Call call("lowkernels_cuda::lowtention", x);
     STD_TORCH_CHECK(stride == 1 || stride == 2, "lowkernels_cuda::lowtention: argument stride: is ", stride, "; allowed are 1 and 2");
     STD_TORCH_CHECK(heads > 0 && inner % (16 * heads) == 0, "lowkernels_cuda::lowtention: argument inner: is ", inner, " for ", heads, " heads");
@@ -202,6 +208,13 @@ void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, T
     p.qkv = call.weights(qkv, "qkv", depth * 3 * inner);
     p.up = call.weights(up, "up", taps * inner * columns);
     p.up_bias = call.floats(up_bias, "up_bias", columns);
+    STD_TORCH_CHECK(scratch.empty() || scratch.size() == 2, "lowkernels_cuda::lowtention: argument scratch: has ", scratch.size(),
+                    " tensors; allowed are 0 and 2");
+    if (!scratch.empty()) {
+        const int64_t rows = static_cast<int64_t>(p.n) * p.tokens;
+        p.qkv_rows = call.scratch(scratch[0], "scratch[0]", rows * 3 * inner);
+        p.attended = call.scratch(scratch[1], "scratch[1]", rows * inner);
+    }
     p.out = call.output(out);
     p.residual = residual;
     call.check(lk::lowkernels_lowtention(p, call.dtype(), 0, call.stream()));

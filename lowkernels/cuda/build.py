@@ -38,7 +38,9 @@ MINIMUM_CAPABILITY = (8, 0)
 # The first nvcc that knows all of ARCHITECTURES.
 _MINIMUM_NVCC = (12, 8)
 _PREBUILT = "lowkernels_cuda.so"
-_MARKER = b"lowkernels-cuda-version:"
+# Texts that csrc/cuda/bind.cpp leaves in the library.
+_VERSION = b"lowkernels-cuda-version:"
+_COMPILED_FOR = b"lowkernels-cuda-architectures:"
 
 _KERNELS = ("separable_conv", "mbconv", "lowtention")
 # -Xptxas=-v: what each kernel takes of registers and memory, for the logger.
@@ -123,11 +125,20 @@ def library_name() -> str:
 
 def library_version(path: Path) -> str | None:
     """The version a library was built from, read without loading it; None if it is not one of ours."""
+    return _text(path, _VERSION)
+
+
+def library_architectures(path: Path) -> str | None:
+    """The compute capabilities a library was compiled for, as TORCH_CUDA_ARCH_LIST has them."""
+    return _text(path, _COMPILED_FOR)
+
+
+def _text(path: Path, marker: bytes) -> str | None:
     content = path.read_bytes()
-    at = content.find(_MARKER)
+    at = content.find(marker)
     if at < 0:
         return None
-    return content[at + len(_MARKER) :].split(b"\0", 1)[0].decode(errors="replace")
+    return content[at + len(marker) :].split(b"\0", 1)[0].decode(errors="replace")
 
 
 @functools.cache
@@ -195,16 +206,17 @@ def compile_library(output: Path, listed: str | None = None) -> None:
     if shutil.which(host) is None:
         raise BuildError(f"no C++ compiler: {host} is not on PATH")
     folder, torch_folder = sources(), Path(torch.__file__).parent
-    pairs = architectures(listed or _listed())
+    listed = listed or _listed()
+    pairs = architectures(listed)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as temporary:
         objects = [Path(temporary) / f"{name}.o" for name in (*_KERNELS, "bind")]
         commands = [
             kernel_command(nvcc, folder / f"{name}.cu", target, pairs) for name, target in zip(_KERNELS, objects, strict=False)
         ]
-        defines = f'-DLOWKERNELS_VERSION="{version()}"'
+        defines = f'-DLOWKERNELS_VERSION="{version()}"', f'-DLOWKERNELS_ARCHITECTURES="{listed}"'
         include = f"-isystem{torch_folder / 'include'}"
-        commands.append([host, *_HOST_FLAGS, defines, include, "-c", str(folder / "bind.cpp"), "-o", str(objects[-1])])
+        commands.append([host, *_HOST_FLAGS, *defines, include, "-c", str(folder / "bind.cpp"), "-o", str(objects[-1])])
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
             for said in pool.map(_run, commands):
                 _log.debug("%s", said)

@@ -14,8 +14,8 @@ SCHEMAS: dict[str, str] = {
     "int padding, int dw_act, int pw_act, bool residual, int[] tile",
     "mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, "
     "Tensor(a!) out, int kernel, int stride, int padding, int act, bool residual, int[] tile",
-    "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, Tensor(a!) out, "
-    "float eps, float scale, int heads, int inner, int kernel, int stride, bool residual",
+    "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, "
+    "Tensor(b!)[] scratch, Tensor(a!) out, float eps, float scale, int heads, int inner, int kernel, int stride, bool residual",
 }
 
 

@@ -36,6 +36,9 @@ NAMED: dict[str, list[dict[str, Any]]] = {
         {"channels": 64, "num_heads": 1, "head_dim": 64, "height": 13, "width": 13, "norm": False, "batch": 1},
         {"channels": 36, "num_heads": 3, "head_dim": 12, "out_channels": 20, "height": 17, "width": 15, "stride": 2, "batch": 1},
         {"channels": 64, "num_heads": 1, "head_dim": 32, "height": 5, "width": 13, "batch": 1},
+        {"channels": 20, "num_heads": 2, "head_dim": 12, "out_channels": 36, "height": 17, "width": 16, "batch": 2},
+        {"channels": 36, "num_heads": 1, "head_dim": 32, "height": 3, "width": 90},
+        {"channels": 160, "num_heads": 3, "head_dim": 40, "height": 29, "width": 30, "kernel_size": 5, "stride": 2, "batch": 1},
     ],
 }
 

@@ -98,7 +98,12 @@ def machine() -> ctypes.CDLL:
     def compile_(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             include = ("-isystem", str(torch_folder / "include"))
-            target = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLOWKERNELS_KEY=CPU", '-DLOWKERNELS_VERSION="shim"')
+            target = (
+                "-DTORCH_TARGET_VERSION=0x020a000000000000",
+                "-DLOWKERNELS_KEY=CPU",
+                '-DLOWKERNELS_VERSION="shim"',
+                '-DLOWKERNELS_ARCHITECTURES=""',
+            )
             files = {SHIM / "shim.cpp": (), SHIM / "forward.cpp": (), SOURCES / "bind.cpp": (*include, *target)}
             objects = [f"{folder}/{source.stem}.o" for source in files]
             for (source, flags), output in zip(files.items(), objects, strict=True):

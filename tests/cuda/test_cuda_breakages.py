@@ -26,6 +26,8 @@ ATTENTION: dict[str, Any] = {
 }
 # Small images, two to a CTA where CTAs take several, and one that is not there.
 PAIRS: dict[str, Any] = {"height": 5, "width": 6, "batch": 3}
+# An image that takes three launches.
+LARGE: dict[str, Any] = {"height": 17, "width": 16, "stride": 1, "channels": 12, "num_heads": 1, "batch": 1}
 CALLS = {"separable_conv": SEPARABLE, "mbconv": MBCONV, "lowtention": ATTENTION}
 
 NUMBERS = "numbers"
@@ -40,6 +42,7 @@ class Breakage(NamedTuple):
     new: str
     noticed: str
     pairs: bool = False
+    large: bool = False
 
 
 def barrier(operator: str, file: str, comment: str) -> Breakage:
@@ -93,6 +96,21 @@ BREAKAGES = [
         "deadlock",
     ),
     Breakage("lowtention", "lowtention.cu", "scratch + kWarps)", "scratch)", "race"),
+    Breakage("lowtention", "lowtention.cu", "stages + first / kRows % 2 * 2", "stages + first / kRows % 2", "pending", large=True),
+    Breakage(
+        "lowtention", "lowtention.cu", "if (row >= live) continue;\n                float v[4];", "float v[4];", "twice", large=True
+    ),
+    Breakage(
+        "lowtention",
+        "lowtention.cu",
+        "const bool inside = first + row < p.tokens;",
+        "const bool inside = true;",
+        "bounds",
+        large=True,
+    ),
+    Breakage("lowtention", "lowtention.cu", "reach = p.grid_w + 1;", "reach = p.grid_w;", "unwritten", large=True),
+    Breakage("lowtention", "lowtention.cu", "(p.grid_w + 1) + 1) * (p.inner", "p.grid_w + 1) * (p.inner", "bounds", large=True),
+    Breakage("lowtention", "lowtention.cu", "p.tokens - first_query - row);", "16);", "bounds", large=True),
     # Memory that nothing wrote, twice wrote, or did not ask for.
     Breakage("mbconv", "mbconv.cu", "store4(window + i * 4, zeros);", ";", "unwritten"),
     Breakage("lowtention", "lowtention.cu", "store4(zeros + i, none);", ";", "unwritten"),
@@ -149,9 +167,9 @@ def variant(operator: str, breakage: Breakage | None) -> Path:
     return execution.kernels({file: all_of(steps) for file, steps in changes.items()}, (operator,))
 
 
-def symptoms(operator: str, library: Path, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Kinds of reports, and ``numbers`` if the result is wrong."""
-    call = random_call(operator, dtype=torch.float16, **{**CALLS[operator], **(PAIRS if pairs else {})})
+    call = random_call(operator, dtype=torch.float16, **{**CALLS[operator], **(PAIRS if pairs else LARGE if large else {})})
     if pairs:
         monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(2, 5, 6, 2))
     found = set()
@@ -167,12 +185,22 @@ def symptoms(operator: str, library: Path, pairs: bool, monkeypatch: pytest.Monk
     return found | {report.split(" at ")[0] for report in outcome.reports}
 
 
-@pytest.mark.parametrize(("operator", "pairs"), [*((name, False) for name in CALLS), ("separable_conv", True), ("mbconv", True)])
-def test_intact_kernels_have_no_symptoms(on_cpu: None, monkeypatch: pytest.MonkeyPatch, operator: str, pairs: bool) -> None:
-    assert symptoms(operator, variant(operator, None), pairs, monkeypatch) == set()
+@pytest.mark.parametrize(
+    ("operator", "pairs", "large"),
+    [
+        *((name, False, False) for name in CALLS),
+        ("separable_conv", True, False),
+        ("mbconv", True, False),
+        ("lowtention", False, True),
+    ],
+)
+def test_intact_kernels_have_no_symptoms(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch, operator: str, pairs: bool, large: bool
+) -> None:
+    assert symptoms(operator, variant(operator, None), pairs, large, monkeypatch) == set()
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=name)
 def test_breakage_is_noticed(on_cpu: None, monkeypatch: pytest.MonkeyPatch, breakage: Breakage) -> None:
     library = variant(breakage.operator, breakage)
-    assert breakage.noticed in symptoms(breakage.operator, library, breakage.pairs, monkeypatch)
+    assert breakage.noticed in symptoms(breakage.operator, library, breakage.pairs, breakage.large, monkeypatch)

@@ -109,18 +109,29 @@ def test_input_that_starts_anywhere(kernels: Path, operator: str) -> None:
     assert torch.equal(run(kernels, operator, (shifted, *call.args[1:])), run(kernels, operator, call.args))
 
 
-def test_many_tokens_with_the_shared_memory_of_larger_gpus(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_fit_larger_gpus_only(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = random_call("lowtention", channels=128, num_heads=2, head_dim=32, height=16, width=16, batch=1, dtype=torch.float16)
-    assert "bytes of shared memory" in dict(OPERATORS["lowtention"].explain(*call.args).rejected)["cuda"]
-    monkeypatch.setattr(tiling, "SMALLEST", tiling.Device(163 * 1024, 164 * 1024, 108))
-    prove(kernels, call)
+    blocks = []
+    for device in (tiling.SMALLEST, tiling.Device(163 * 1024, 164 * 1024, 108)):
+        monkeypatch.setattr(tiling, "SMALLEST", device)
+        prove(kernels, call)
+        with execution.watched(kernels) as outcome:
+            execution.run("lowtention", call.args)
+        blocks.append(outcome.blocks)
+    # Four blocks of tokens, two of queries for each of two heads, four of tokens again; or one CTA.
+    assert blocks == [4 + 4 + 4, 1]
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"), [({"height": 17, "width": 16}, "has 272 tokens"), ({"head_dim": 68}, "heads have 68 channels")]
+    ("shape", "words"),
+    [
+        ({"height": 2, "width": 1000, "head_dim": 32}, "bytes of shared memory"),
+        ({"head_dim": 68}, "heads have 68 channels"),
+        ({"channels": 1024, "head_dim": 64}, "bytes of shared memory"),
+    ],
 )
 def test_attention_that_is_not_served_says_why(on_cpu: None, shape: dict[str, Any], words: str) -> None:
-    call = random_call("lowtention", channels=16, num_heads=1, dtype=torch.float16, **shape)
+    call = random_call("lowtention", **{"channels": 16, "num_heads": 1, "dtype": torch.float16, **shape})
     assert words in dict(OPERATORS["lowtention"].explain(*call.args).rejected)["cuda"]
 
 
@@ -131,6 +142,13 @@ def test_attention_plan_asks_for_what_the_launcher_asks_for(kernels: Path) -> No
     with execution.watched(kernels) as outcome:
         execution.run("lowtention", call.args)
     assert outcome.shared == cuda.shared_bytes(36, 32, 81)
+    for channels, head_dim, width in ((36, 12, 17), (4, 32, 90), (320, 16, 20)):
+        shape = {"channels": channels, "num_heads": 2, "head_dim": head_dim, "height": 17, "width": width, "batch": 1}
+        call = random_call("lowtention", dtype=torch.float16, **shape)
+        with execution.watched(kernels) as outcome:
+            execution.run("lowtention", call.args)
+        head = -(-head_dim // 16) * 16
+        assert outcome.shared == cuda.shared_bytes_of_three(channels, 2 * head, head, width)
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)

@@ -1,4 +1,5 @@
-"""lowtention in CUDA C++: a CTA makes the whole block of one image, up to 256 tokens as far as its shared memory goes."""
+"""lowtention in CUDA C++: a CTA makes the whole block of one image as long as its tokens fit into shared memory; three launches
+beyond, with q, k and v in global memory."""
 
 from __future__ import annotations
 
@@ -11,16 +12,44 @@ from ...cuda import launch, tiling
 from ...cuda import pack as packing
 from ...cuda.pack import GROUP, STEP, attention_channels, rounded_up
 
-MAX_TOKENS = 256
+# Above this one CTA would work too long alone.
+MAX_FUSED_TOKENS = 256
 MAX_HEAD_DIM = 64
 # Tokens go through the CTA in blocks of so many; csrc/cuda/lowtention.cu: kRows.
 _ROWS = 64
 
 
 def shared_bytes(channels: int, inner: int, tokens: int) -> int:
-    """Shared memory of the CTA, as the launcher in csrc/cuda/lowtention.cu asks for it; ``inner`` with heads rounded up."""
+    """Shared memory of a CTA that does it all, as csrc/cuda/lowtention.cu asks for it. ``inner`` has heads rounded up."""
     rows = rounded_up(tokens, _ROWS)
     return 2 * (_ROWS * (rounded_up(channels, STEP) + 8) + (rows + 1) * (3 * inner + 8)) + 64
+
+
+def shared_bytes_of_three(channels: int, inner: int, head: int, grid_width: int) -> int:
+    """The most shared memory a CTA of the three launches asks for; ``head`` is a head's channels, rounded up."""
+    tile = 2 * _ROWS * (rounded_up(channels, STEP) + 8) + 64
+    return max(tile, 2 * (128 + 4 * _ROWS) * (head + 8), 2 * (_ROWS + 2 * (grid_width + 1) + 1) * (inner + 8))
+
+
+def _grid(x: Tensor, stride: int) -> tuple[int, int]:
+    return -(-x.shape[2] // stride), -(-x.shape[3] // stride)
+
+
+def _fused(dw_weight: Tensor, inner: int, tokens: int) -> bool:
+    fits = shared_bytes(dw_weight.shape[0], inner, tokens) <= tiling.device_of(dw_weight).shared
+    return fits and tokens <= MAX_FUSED_TOKENS
+
+
+def _too_much(dw_weight: Tensor, up_weight: Tensor, num_heads: int, grid: tuple[int, int]) -> str | None:
+    inner = _inner(up_weight, num_heads)
+    if _fused(dw_weight, inner, grid[0] * grid[1]):
+        return None
+    needed = shared_bytes_of_three(dw_weight.shape[0], inner, inner // num_heads, grid[1])
+    available = tiling.device_of(dw_weight).shared
+    if needed > available:
+        size = f"{dw_weight.shape[0]} channels, {inner} in all heads, a grid of {grid[0]}x{grid[1]} tokens"
+        return f"{size}: needs {needed} bytes of shared memory, of {available}"
+    return None
 
 
 def _inner(up_weight: Tensor, num_heads: int) -> int:
@@ -45,14 +74,7 @@ def unsupported_weights(
     head_dim = up_weight.shape[0] // num_heads
     if head_dim > MAX_HEAD_DIM:
         return f"heads have {head_dim} channels; the CUDA kernel serves at most {MAX_HEAD_DIM}"
-    return _too_much(dw_weight, _inner(up_weight, num_heads), 1) or launch.load()
-
-
-def _too_much(dw_weight: Tensor, inner: int, tokens: int) -> str | None:
-    needed, available = shared_bytes(dw_weight.shape[0], inner, tokens), tiling.device_of(dw_weight).shared
-    if needed > available:
-        return f"an image of {tokens} tokens needs {needed} bytes of shared memory, of {available}"
-    return None
+    return _too_much(dw_weight, up_weight, num_heads, (1, 1)) or launch.load()
 
 
 def unsupported_input(
@@ -69,10 +91,7 @@ def unsupported_input(
     stride: int,
     *rest: object,
 ) -> str | None:
-    tokens = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    if tokens > MAX_TOKENS:
-        return f"an image has {tokens} tokens; the CUDA kernel serves at most {MAX_TOKENS}"
-    return _too_much(dw_weight, _inner(up_weight, num_heads), tokens)
+    return _too_much(dw_weight, up_weight, num_heads, _grid(x, stride))
 
 
 def pack(
@@ -121,7 +140,11 @@ def forward(
     out = launch.empty_nhwc(x, (x.shape[0], up_weight.shape[1], *x.shape[2:]))
     scale = 1 / math.sqrt(up_weight.shape[0] // num_heads)
     inner = _inner(up_weight, num_heads)
+    height, width = _grid(x, stride)
+    scratch: list[Tensor] = []
+    if not _fused(dw_weight, inner, height * width):
+        scratch = [x.new_empty(x.shape[0], height * width, channels) for channels in (3 * inner, inner)]
     torch.ops.lowkernels_cuda.lowtention.default(
-        launch.aligned(x), norm, *weights, out, eps, scale, num_heads, inner, dw_weight.shape[2], stride, residual
+        launch.aligned(x), norm, *weights, scratch, out, eps, scale, num_heads, inner, dw_weight.shape[2], stride, residual
     )
     return out
