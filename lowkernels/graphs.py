@@ -47,8 +47,8 @@ class Graphed:
             raise InputError(f"lowkernels.graphed: argument x: is on {x.device}; CUDA graphs need a CUDA tensor")
         if len(self._graphs) >= GRAPHS_KEPT:
             raise InputError(
-                f"lowkernels.graphed: argument x: has shape {tuple(x.shape)}, and there are graphs of {GRAPHS_KEPT} other shapes: "
-                "each keeps its own memory, so call the model itself for inputs of many shapes"
+                f"lowkernels.graphed: argument x: has shape {tuple(x.shape)}, and there are graphs of {GRAPHS_KEPT} other shapes; "
+                "each keeps memory of its own, so call the model itself for inputs of many shapes"
             )
         with torch.cuda.device(x.device), torch.no_grad():
             static_input = x.clone()
@@ -73,8 +73,8 @@ def graphed(model: Callable[[Tensor], Tensor], example_input: Tensor) -> Graphed
     """Capture a model's inference in a CUDA graph and return a callable that replays it.
 
     One graph is kept for each input shape, dtype and device, with buffers of its own: the first is captured here, others when their
-    first input comes. Weights are read where they were at capture: change them in place only, and call :func:`lowkernels.repack` and
-    capture again after that. The output is a fresh tensor; no gradients.
+    first input comes. A graph does not look at the weights' version: after changing them, call :func:`lowkernels.repack` and capture
+    again. The output is a fresh tensor; no gradients.
 
     Args:
         model: from one tensor to one tensor, such as an accelerated module in eval mode; any backend on a GPU serves.

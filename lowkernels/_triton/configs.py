@@ -2,7 +2,7 @@
 
 ``tables/<operator>.json`` holds a list of rows::
 
-    {"arch": [[90, 109]], "dtype": ["float16", "bfloat16"], "when": {"columns": [129, 256]}, "config": {"BM": 128, ...}}
+    {"arch": [[90, 99]], "dtype": ["float16", "bfloat16"], "when": {"columns": [129, 256]}, "config": {"BM": 128, ...}}
 
 A row serves a call if the compute capability lies in one of the ranges ``arch``, the dtype is listed ("tf32" is fp32 with products
 in tf32) and every feature named in ``when`` lies in its range (bounds included, null for none). The first such row counts. Features

@@ -123,9 +123,15 @@ def descriptor(weight: Tensor, rows: int, columns: int, tma: bool) -> Any:
     """``weight`` itself, or a tensor descriptor of it with blocks of [rows, columns]."""
     if not tma:
         return weight
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    # Checking a descriptor takes longer than all the rest of planning a launch, so each is kept, by the tensor it describes.
+    kept: dict[tuple[int, int], Any] = weight.__dict__.setdefault("_lowkernels_descriptors", {})
+    found = kept.get((rows, columns))
+    if found is None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [rows, columns])
+        found = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [rows, columns])
+        kept[rows, columns] = found
+    return found
 
 
 def conv_precision(dtype: torch.dtype) -> str:

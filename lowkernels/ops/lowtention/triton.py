@@ -173,17 +173,20 @@ def lowtention(
     tokens = GH * GW
     image = tl.program_id(0).to(tl.int64) * NI
     beyond = tl.minimum(image + NI, N)
-    first = image * tokens
-    limit = beyond * tokens
+    # Factors of image numbers, in 64 bits.
+    rows = tokens.to(tl.int64)
+    plane = H.to(tl.int64) * W * C
+    first = image * rows
+    limit = beyond * rows
     for number in tl.range(image, beyond, num_stages=1):
-        depthwise_tokens(x + number * H * W * C, wd, bd, gamma, beta, y + number * tokens * CP, 0, tokens, GW, H, W, eps,
+        depthwise_tokens(x + number * plane, wd, bd, gamma, beta, y + number * rows * CP, 0, tokens, GW, H, W, eps,
                          C, CP, KS, STRIDE, NORM, BS, BT, BC)  # fmt: skip
     tl.debug_barrier()
     project_tokens(y, wqkv, qkv, first, limit, CP, 3 * HEADS * DP, PRECISION, TMA, BM, BN, BK)
     tl.debug_barrier()
     for number in tl.range(image, beyond, num_stages=1):
         for head in tl.range(0, HEADS, num_stages=1):
-            attend(qkv + number * tokens * (3 * HEADS * DP), o + number * tokens * (HEADS * DP), head, 0, tokens, scale,
+            attend(qkv + number * rows * (3 * HEADS * DP), o + number * rows * (HEADS * DP), head, 0, tokens, scale,
                    HEADS, DP, MATMUL, BT, BT)  # fmt: skip
     tl.debug_barrier()
     for parity in tl.range(0, STRIDE * STRIDE, num_stages=1):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import importlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from triton.runtime import interpreter
 
 import lowformer
 import lowkernels
 from lowkernels._triton import configs, expand_project
-from lowkernels._triton.launch import Target, planning_for
+from lowkernels._triton.launch import Target, planning_for, run
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import assert_within_budget, check_call, random_call
 from tests.triton.cases import CASES, call
@@ -131,3 +137,59 @@ def test_whole_model() -> None:
         reference = eager.double()(x.double())
     # The longest sum is the one over the window of the last downsampling block.
     assert_within_budget(found, expected, reference, 9 * 128)
+
+
+def test_packed_weights_are_freed() -> None:
+    """Descriptors are kept by the tensors they describe, and go with them."""
+    made = random_call("fused_mbconv", channels=32, dtype=torch.float16)
+    packed = OPERATORS["fused_mbconv"].pack(*OPERATORS["fused_mbconv"].weights(made.args), backend="triton")
+    OPERATORS["fused_mbconv"].overload(*made.args, packed.tensors, packed.backend, "triton")
+    watched = [weakref.ref(tensor) for tensor in packed.tensors]
+    del packed
+    gc.collect()
+    assert not any(reference() is not None for reference in watched)
+
+
+def test_changed_packed_weights_are_read() -> None:
+    operator = OPERATORS["fused_mbconv"]
+    made = random_call("fused_mbconv", channels=32, dtype=torch.float16)
+    other = random_call("fused_mbconv", channels=32, dtype=torch.float16, seed=1)
+    packed = operator.pack(*operator.weights(made.args), backend="triton")
+    operator.overload(*made.args, packed.tensors, packed.backend, "triton")
+    changed = (made.args[0], *other.args[1:])
+    for old, new in zip(packed.tensors, operator.pack(*operator.weights(changed), backend="triton").tensors, strict=True):
+        old.copy_(new)
+    found = operator.overload(*changed, packed.tensors, packed.backend, "triton")
+    assert torch.equal(found, operator.overload(*changed, None, None, "triton"))
+
+
+@pytest.mark.parametrize("operator", ["conv_act", "separable_conv", "fused_mbconv", "gn_mlp", "lowtention"])
+def test_offsets_beyond_32_bits(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last program is run, on a tensor of more than 2**31 elements whose memory exists in its last image alone."""
+    torch.use_deterministic_algorithms(False)
+    size = 8 if operator == "lowtention" else 32
+    options = {"channels": 32, "hidden": 32, "batch": 1, "height": size, "width": size, "residual": operator != "conv_act"}
+    made = random_call(operator, **options, dtype=torch.float16)
+    image, *weights = made.args
+    batch = 2**31 // image.numel() + 2
+    x = torch.empty((batch, *image.shape[1:]), dtype=torch.float16, memory_format=torch.channels_last)
+    x[-1] = image[0]
+    module = importlib.import_module(f"lowkernels.ops.{operator}.triton")
+    out, (planned,) = module.plan(x, *weights, module.pack(*OPERATORS[operator].weights(made.args)))
+    last = planned.grid[0] - 1
+    builder = interpreter.interpreter_builder
+    extend, place = builder.set_grid_dim, builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_dim", lambda i, j, k: extend(i + last, j, k))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda i, j, k: place(i + last, j, k))
+    run([dataclasses.replace(planned, grid=(1, *planned.grid[1:]))], x)
+    monkeypatch.undo()
+    rows = planned.constants["BM"] if operator != "lowtention" else size * size
+
+    def last_rows(image: Tensor) -> Tensor:
+        return image[-1].permute(1, 2, 0).reshape(-1, image.shape[1])[-rows:]
+
+    eager = OPERATORS[operator].overload(*made.args, None, None, "eager")
+    exact = (a.double() if isinstance(a, Tensor) else a for a in made.args)
+    reference = OPERATORS[operator].overload(*exact, None, None, "eager")
+    length = OPERATORS[operator].accumulation_length(*made.args)
+    assert_within_budget(last_rows(out), last_rows(eager), last_rows(reference), length, operator)
