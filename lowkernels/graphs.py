@@ -62,7 +62,7 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                static_output = self._model(static_input)
+                static_output: object = self._model(static_input)
         if not isinstance(static_output, Tensor):
             kind = type(static_output).__name__
             raise InputError(f"lowkernels.graphed: argument model: returns a {kind}; allowed is one tensor")
@@ -72,12 +72,12 @@ class Graphed:
 def graphed(model: Callable[[Tensor], Tensor], example_input: Tensor) -> Graphed:
     """Capture a model's inference in a CUDA graph and return a callable that replays it.
 
-    One graph is kept for each input shape, dtype and device, with buffers of its own: the first is captured here, others when their
-    first input comes. A graph does not look at the weights' version: after changing them, call :func:`lowkernels.repack` and capture
-    again. The output is a fresh tensor; no gradients.
+    One graph is kept for each input shape, dtype and device, with buffers of its own: the first is captured here, others when
+    their first input comes. A graph does not look at the weights' version: after changing them, call :func:`lowkernels.repack`
+    and capture again. The output is a fresh tensor; no gradients.
 
     Args:
-        model: from one tensor to one tensor, such as an accelerated module in eval mode; any backend on a GPU serves.
+        model: from one tensor to one tensor, such as an accelerated module in eval mode, on any backend that runs on a GPU.
         example_input: a CUDA tensor of the first shape, with data the model can run on.
 
     Returns:
