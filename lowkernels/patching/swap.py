@@ -161,7 +161,7 @@ def _build(match: Match, parent: nn.Module, name: str, backend: str) -> FusedBlo
         first = next(block.parameters())
         call = block._arguments(torch.empty(0), block._live_weights(first.dtype))
         weights = block.operator.weights(call)
-        dispatch.choose(block.operator_name, first.device.type, backend, lambda kernel: kernel.unsupported_weights(*weights))
+        dispatch.choose(block.operator_name, first, backend, lambda kernel: kernel.unsupported_weights(*weights))
     return block
 
 
