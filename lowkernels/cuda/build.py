@@ -104,13 +104,27 @@ def architectures(listed: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def architecture_for(capability: tuple[int, int]) -> str:
+    """The entry of :data:`ARCHITECTURES` whose code a GPU of this compute capability runs.
+
+    That is the one of the same major and the highest minor version that is not above its own; GPUs without one translate the PTX of
+    the first entry.
+    """
+    entries = ARCHITECTURES.split(";")
+    for entry in reversed(entries):
+        major, minor = map(int, re.findall(r"\d+", entry))
+        if major == capability[0] and minor <= capability[1]:
+            return entry.removesuffix("+PTX")
+    return entries[0]
+
+
 @functools.cache
 def _present() -> str | None:
-    """The compute capabilities of the GPUs here, as TORCH_CUDA_ARCH_LIST has them."""
+    """What to compile for the GPUs here, as TORCH_CUDA_ARCH_LIST has it."""
     if not torch.cuda.is_available():
         return None
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}" for major, minor in sorted(found))
+    return ";".join(dict.fromkeys(architecture_for(capability) for capability in sorted(found)))
 
 
 def _listed() -> str:

@@ -150,8 +150,8 @@ def test_stable_abi_of_2_10_only(built: Built) -> None:
 
 def test_stale_prebuilt_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lowkernels_cuda.so").write_bytes(b"lowkernels-cuda-version:old\0")
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
     version = build.version()
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
     monkeypatch.setattr(build, "version", lambda: version)
     build._prebuilt.cache_clear()
     try:
@@ -201,6 +201,22 @@ def test_architectures() -> None:
         build.architectures("Hopper")
     with pytest.raises(BuildError, match=r"need a compute capability of 8\.0 or more"):
         build.architectures("7.0;7.5")
+
+
+@pytest.mark.parametrize(
+    ("capability", "entry"),
+    [
+        ((8, 0), "8.0"),
+        ((8, 7), "8.6"),
+        ((8, 9), "8.9"),
+        ((9, 0), "9.0a"),
+        ((10, 3), "10.0"),
+        ((12, 1), "12.0"),
+        ((13, 0), "8.0+PTX"),
+    ],
+)
+def test_code_for_the_gpu_that_is_there(capability: tuple[int, int], entry: str) -> None:
+    assert build.architecture_for(capability) == entry
 
 
 def test_import_neither_loads_nor_defines_anything() -> None:
