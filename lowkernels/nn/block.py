@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Leaf modules that compute the same in train and eval mode.
 _MODELESS = (nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU)
 _packing = threading.RLock()
+# Names of the buffers that hold what is kept; looked up on every call.
+_FOLDED = tuple(f"_folded_{i}" for i in range(32))
+_PACKED = tuple(f"_packed_{i}" for i in range(32))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -57,6 +60,7 @@ class FusedBlock(nn.Module):
     _packed_for: str | None
     _signature: list[tuple[dict[str, Any], str, Tensor, int | None, int]] | None
     _last_call: tuple[Choice, int] | None
+    _lead: tuple[Any]
 
     def _setup(
         self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None
@@ -223,6 +227,8 @@ class FusedBlock(nn.Module):
             m for m in children if isinstance(m, nn.BatchNorm2d) or (not m._modules and not isinstance(m, _MODELESS))
         ]
         self._hooks_of_children = [d for m in children for d in hook_dicts(m)]
+        # In a tuple, so that it is not a child. Frozen blocks have none.
+        self._lead = (self._part(self._CONVS[0]),)
 
     def _folded_weights(self, exact: bool) -> list[Tensor | None]:
         """Two per role, GroupNorms first, as differentiable functions of the parameters."""
@@ -238,7 +244,7 @@ class FusedBlock(nn.Module):
         return [w if w is None else w.to(dtype) for w in self._folded_weights(exact=False)]
 
     def _compute_dtype(self, device_type: str) -> torch.dtype:
-        weight: Tensor = self._part(self._CONVS[0]).weight
+        weight: Tensor = self._lead[0].weight
         # Meta tensors have no autocast, not even to ask about.
         if device_type != "meta" and torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
             return torch.get_autocast_dtype(device_type)
@@ -275,12 +281,14 @@ class FusedBlock(nn.Module):
         return kept, packs
 
     def _kept_weights(self) -> list[Tensor | None]:
-        return [self._buffers[f"_folded_{i}"] for i in range(self._folded_count)]
+        buffers = self._buffers
+        return [buffers[name] for name in _FOLDED[: self._folded_count]]
 
     def _kept_packs(self) -> PackedWeights | None:
         if self._packed_for is None:
             return None
-        return PackedWeights(self._packed_for, [self.get_buffer(f"_packed_{i}") for i in range(self._packed_count)])
+        buffers = self._buffers
+        return PackedWeights(self._packed_for, [cast(Tensor, buffers[name]) for name in _PACKED[: self._packed_count]])
 
     def _sources(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """Every tensor the folded weights depend on: the dict that holds it, its key there, itself."""
@@ -323,7 +331,7 @@ class FusedBlock(nn.Module):
 
     def _keep(self, kind: str, tensors: Any) -> int:
         """Keep tensors as buffers; those of the same kind as before are written in place, so that captured graphs follow."""
-        names = [f"_{kind}_{i}" for i in range(len(tensors))]
+        names = {"folded": _FOLDED, "packed": _PACKED}[kind][: len(tensors)]
         for name in [n for n in self._buffers if n.startswith(f"_{kind}_") and n not in names]:
             del self._buffers[name]
         for name, tensor in zip(names, tensors, strict=True):
@@ -427,7 +435,7 @@ class FusedBlock(nn.Module):
             state["_buffers"] = {n: b for n, b in self._buffers.items() if n not in kept}
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - kept
             state.update(_folded_count=0, _packed_count=0, _kept_dtype=None, _packed_for=None, _signature=None)
-        for derived in ("_mode_sensitive", "_hooks_of_children"):
+        for derived in ("_mode_sensitive", "_hooks_of_children", "_lead"):
             state.pop(derived)
         state["_last_call"] = None
         return state

@@ -52,6 +52,7 @@ class FoldedNormConv(FusedBlock):
     def _watch(self) -> None:
         self._mode_sensitive = list(self._norm)
         self._hooks_of_children = []
+        self._lead = (self._original[0],)
 
     def _make_packs(self) -> None:
         self._packed_count, self._packed_for = 0, None
