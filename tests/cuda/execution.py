@@ -185,18 +185,20 @@ def _located(report: str, library: Path) -> str:
 
 
 @contextmanager
-def watched(library: Path, schedule: tuple[int, int] = SCHEDULES[0], skip: str = "") -> Iterator[Outcome]:
+def watched(library: Path, schedule: tuple[int, int] = SCHEDULES[0], skip: str = "", only_last: int = 0) -> Iterator[Outcome]:
     """Within this context, calls of ``lowkernels_cuda`` on CPU tensors run `library`; afterwards the outcome is filled in.
 
     Args:
         library: from :func:`kernels`.
         schedule: one of :data:`SCHEDULES`.
         skip: a barrier, ``file:line``, that still stops threads but orders nothing.
+        only_last: run only so many last blocks of each launch, and do not ask for the bytes that others would write.
     """
     choose(library)
     shim = machine()
     outcome = Outcome()
     shim.shim_begin(schedule[0], ctypes.c_ulonglong(schedule[1]), skip.encode())
+    shim.shim_only_last(ctypes.c_long(only_last))
     try:
         yield outcome
     finally:

@@ -88,6 +88,25 @@ def test_plan_asks_for_what_the_launcher_asks_for(kernels: Path, operator: str) 
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    # Zero pages cost no memory, and neither does an output that is not touched: only the last CTAs run.
+    monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(1, 8, 8, 1))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    size, batch = (64, 2**31 // (64 * 64 * 64) + 2) if operator != "lowtention" else (8, 2**31 // (8 * 8 * 64) + 2)
+    call = random_call(operator, batch=1, channels=64, hidden=64, height=size, width=size, dtype=torch.float16)
+    with execution.watched(kernels):
+        alone = execution.run(operator, call.args)
+    x = torch.zeros(batch, size, size, 64, dtype=torch.float16).permute(0, 3, 1, 2)
+    assert x.numel() > 2**31
+    x[-1:] = call.args[0]
+    with execution.watched(kernels, only_last=1) as outcome:
+        out = execution.run(operator, (x, *call.args[1:]))
+    assert not outcome.reports, "\n".join(outcome.reports)
+    assert outcome.blocks == 1
+    assert torch.equal(out[-1, :, -8:, -8:], alone[0, :, -8:, -8:])
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_nan_stays_in_its_image(kernels: Path, operator: str) -> None:
     call = random_call(operator, batch=3, channels=32, dtype=torch.float16)
     poisoned = call.args[0].clone(memory_format=torch.preserve_format)

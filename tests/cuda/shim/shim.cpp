@@ -22,6 +22,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include <dlfcn.h>
@@ -62,11 +63,21 @@ struct Cell {
     bool pending = false;
 };
 
+// Of each byte of an output: 0, or the number of the launch that wrote it. Kept byte by byte, or as a table where that is too much.
+struct Written {
+    std::vector<uint32_t> dense;
+    std::unordered_map<size_t, uint32_t> sparse;
+
+    explicit Written(size_t bytes) : dense(bytes <= kDense ? bytes : 0) {}
+    uint32_t& operator[](size_t byte) { return dense.empty() ? sparse[byte] : dense[byte]; }
+    static constexpr size_t kDense = size_t{1} << 28;
+};
+
 struct Range {
     const unsigned char* begin;
     const unsigned char* end;
     bool output;
-    std::vector<uint32_t> written;  // 0, or the number of the launch that wrote the byte
+    Written written;
 };
 
 struct Copy {
@@ -119,7 +130,7 @@ struct State {
     std::set<std::string> barriers;
     std::map<std::pair<std::string, std::string>, std::pair<long, std::string>> reports;  // (kind, place): how often, first
     const unsigned char* host_stack = nullptr;
-    long blocks_run = 0;
+    long blocks_run = 0, only_last = 0;
     size_t most_shared = 0;
 } S;
 
@@ -527,8 +538,9 @@ int shim_launch(void (*body)(const void*), const void* params, long long grid_x,
     S.gave_up = false;
     S.host_stack = static_cast<const unsigned char*>(__builtin_frame_address(0));
     S.running = true;
+    const int first = S.only_last ? static_cast<int>(std::max(0LL, grid_x - S.only_last)) : 0;
     for (S.by = 0; S.by < grid_y && !S.gave_up; S.by++)
-        for (S.bx = 0; S.bx < grid_x && !S.gave_up; S.bx++, S.blocks_run++) run_block();
+        for (S.bx = first; S.bx < grid_x && !S.gave_up; S.bx++, S.blocks_run++) run_block();
     S.running = false;
     return S.gave_up;
 }
@@ -540,8 +552,11 @@ void shim_begin(int schedule, unsigned long long seed, const char* skipped) {
     S.ranges.clear();
     S.barriers.clear();
     S.schedule = schedule, S.seed = seed ? seed : 1, S.skipped = skipped;
-    S.launches = 0, S.blocks_run = 0, S.most_shared = 0;
+    S.launches = 0, S.blocks_run = 0, S.most_shared = 0, S.only_last = 0;
 }
+
+// From now on each launch runs only its last blocks: those of a tensor too large to run whole.
+void shim_only_last(long blocks) { S.only_last = blocks; }
 
 // The tensors of the calls to come. What is announced twice is one range; what overlaps an earlier one has taken its memory over.
 void shim_announce(const void* data, size_t bytes, int output) {
@@ -549,7 +564,7 @@ void shim_announce(const void* data, size_t bytes, int output) {
     for (const Range& r : S.ranges)
         if (r.begin == begin && r.end == begin + bytes && r.output == static_cast<bool>(output)) return;
     std::erase_if(S.ranges, [&](const Range& r) { return begin < r.end && r.begin < begin + bytes; });
-    S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), std::vector<uint32_t>(output ? bytes : 0)});
+    S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), Written(output ? bytes : 0)});
 }
 
 // One report a line: kind, place (file:line, or +offset in the kernels' library), how often, text.
@@ -558,9 +573,9 @@ const char* shim_end() {
     text.clear();
     S.current = -1;
     for (const Range& r : S.ranges)
-        if (r.output)
-            if (const long missing = std::count(r.written.begin(), r.written.end(), 0u))
-                report("missing", {}, std::to_string(missing) + " of " + std::to_string(r.written.size()) + " bytes of an output");
+        if (r.output && !S.only_last)
+            if (const long missing = std::count(r.written.dense.begin(), r.written.dense.end(), 0u))
+                report("missing", {}, std::to_string(missing) + " of " + std::to_string(r.end - r.begin) + " bytes of an output");
     for (const auto& [key, entry] : S.reports)
         text += key.first + "\t" + key.second + "\t" + std::to_string(entry.first) + "\t" + entry.second + "\n";
     S.ranges.clear();
