@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -59,6 +60,7 @@ class Launch:
 
 # Kernels are planned for this instead of the tensors' device: ahead-of-time compilation, and tests.
 _planned: ContextVar[Target | None] = ContextVar("lowkernels_triton_target", default=None)
+_descriptors: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # What the interpreter plans for.
 _INTERPRETED = Target(90, 4)
 
@@ -123,14 +125,16 @@ def descriptor(weight: Tensor, rows: int, columns: int, tma: bool) -> Any:
     """``weight`` itself, or a tensor descriptor of it with blocks of [rows, columns]."""
     if not tma:
         return weight
-    # Checking a descriptor takes longer than all the rest of planning a launch, so each is kept, by the tensor it describes.
-    kept: dict[tuple[int, int], Any] = weight.__dict__.setdefault("_lowkernels_descriptors", {})
-    found = kept.get((rows, columns))
+    # Checking a descriptor takes longer than all the rest of planning a launch, so each is kept as long as its weight. It holds an
+    # alias: a reference to the weight itself would keep that alive for ever.
+    kept = _descriptors.setdefault(weight, {})
+    key = (weight.data_ptr(), rows, columns)
+    found = kept.get(key)
     if found is None:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        found = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [rows, columns])
-        kept[rows, columns] = found
+        found = TensorDescriptor(weight.detach(), list(weight.shape), list(weight.stride()), [rows, columns])
+        kept[key] = found
     return found
 
 

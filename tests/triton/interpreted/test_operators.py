@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import importlib
@@ -140,10 +141,12 @@ def test_whole_model() -> None:
 
 
 def test_packed_weights_are_freed() -> None:
-    """Descriptors are kept by the tensors they describe, and go with them."""
+    """Descriptors are kept as long as the tensors they describe, no longer, and do not hinder copies."""
     made = random_call("fused_mbconv", channels=32, dtype=torch.float16)
     packed = OPERATORS["fused_mbconv"].pack(*OPERATORS["fused_mbconv"].weights(made.args), backend="triton")
     OPERATORS["fused_mbconv"].overload(*made.args, packed.tensors, packed.backend, "triton")
+    copied = copy.deepcopy(packed.tensors)
+    assert all(torch.equal(a, b) for a, b in zip(copied, packed.tensors, strict=True))
     watched = [weakref.ref(tensor) for tensor in packed.tensors]
     del packed
     gc.collect()
