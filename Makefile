@@ -38,7 +38,7 @@ endif
 
 # A step that broke off is done again, not taken for finished.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types check build clean
+.PHONY: demo test lint types check aot build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lowkernels demo $(DEMO_ARGS)
@@ -54,6 +54,10 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 check: lint types test
+
+# Every Triton kernel for every architecture; writes the table that a test holds against the sources.
+aot: $(VENV)/.test
+	$(BIN)/python -m lowkernels._triton.aot --arch all --write docs/perf/triton_resources.md
 
 # setuptools would put files of an earlier build into the wheel.
 build: $(VENV)/.torch
