@@ -142,7 +142,11 @@ def test_waiting_for_a_processor_is_seen() -> None:
     for process in pair:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    outputs = [process.communicate("\n", timeout=60)[0] for process in pair]
+    for process in pair:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60)[0] for process in pair]
     assert all("True" in out for out in outputs), outputs
 
 
