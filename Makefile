@@ -49,6 +49,7 @@ test: $(VENV)/.test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/.test
 	$(BIN)/mypy
@@ -57,7 +58,7 @@ check: lint types test
 
 # Every Triton kernel for every architecture; writes the table that a test holds against the sources.
 aot: $(VENV)/.test
-	$(BIN)/python -m lowkernels._triton.aot --arch all --write docs/perf/triton_resources.md
+	$(BIN)/python -m lowkernels.backends.triton.aot --arch all --write docs/perf/triton_resources.md
 
 # setuptools would put files of an earlier build into the wheel.
 build: $(VENV)/.torch

@@ -40,9 +40,12 @@ class BuildPy(build_py):
                 f"{variable} compiles against the installed torch, which this build cannot import: "
                 "install torch first and pass --no-build-isolation"
             )
-        output = [] if self.editable_mode else ["--output", str(Path(self.build_lib).resolve() / "lowkernels" / backend)]
+        folder = Path(self.build_lib).resolve() / "lowkernels" / "backends" / backend
+        command = [sys.executable, "-m", f"lowkernels.backends.{backend}.build"]
+        if not self.editable_mode:
+            command += ["--output", str(folder)]
         # The package itself, not an installed one, knows how; it is run from the source tree.
-        done = subprocess.run([sys.executable, "-m", f"lowkernels.{backend}.build", *output], env={**os.environ, "PYTHONPATH": "."})
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."})
         if done.returncode:
             sys.exit(f"{variable}: the kernels could not be compiled, see above")
 

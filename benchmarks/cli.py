@@ -209,10 +209,7 @@ def _compare(args: argparse.Namespace) -> int:
         layers = list(dict.fromkeys(x for size in sizes for m in models for x in layers_of(m, size)))
         subjects += [(x, x.height) for x in layers if re.search(args.layers or "", x.name)]
     tasks = [
-        compare.task_of(what, size, batch, dtype, args.device)
-        for what, size in subjects
-        for batch in batches
-        for dtype in dtypes
+        compare.task_of(what, size, batch, dtype, args.device) for what, size in subjects for batch in batches for dtype in dtypes
     ]
     effort = Effort(rounds=args.rounds)
     try:

@@ -146,9 +146,7 @@ def build(commit: str, folder: Path) -> Path:
     export(commit, folder / "source")
     site = folder / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run(
-        [*command, "--target", str(site), str(folder / "source")], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--target", str(site), str(folder / "source")], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{commit} does not build:\n{done.stdout}{done.stderr}")
     return site

@@ -220,9 +220,7 @@ def run_stage(name: str, out: Path, seconds: float, device: str, smoke: bool) ->
         facts: Iterator[dict[str, Any]]
         if name == "correctness":
             layers = (
-                plans.smoke_layers()
-                if smoke
-                else [*lowformer_layers((224,)), *mobile_layers((224,)), *lowformer_layers((512,))]
+                plans.smoke_layers() if smoke else [*lowformer_layers((224,)), *mobile_layers((224,)), *lowformer_layers((512,))]
             )
             facts = check_layers(list(dict.fromkeys(layers)), dtypes, device, _checked(path), time_left)
         else:
@@ -254,9 +252,7 @@ Launch = Callable[[Sequence[str], float, Path], int | None]
 def launch(command: Sequence[str], limit_s: float, log: Path) -> int | None:
     """Run a command, output appended to ``log``; its exit status, or None if it was ended for taking longer than ``limit_s``."""
     with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, cwd=provenance.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=provenance.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             return process.wait(timeout=max(limit_s, 0.1))
         except subprocess.TimeoutExpired:

@@ -52,9 +52,7 @@ def without(reason: str, *costs: str, besides: Sequence[str] = ()) -> dict[str, 
     return {c.name: reason for c in RIVALS if c.cost in costs and c.name not in besides}
 
 
-def layer_item(
-    layer: Layer, batch: int, dtype: torch.dtype, device: str, left_out: dict[str, str] | None = None
-) -> Item:
+def layer_item(layer: Layer, batch: int, dtype: torch.dtype, device: str, left_out: dict[str, str] | None = None) -> Item:
     return Item(
         ("op", layer.name, layer.height, batch, dtype_name(dtype)),
         lambda cache: layer_subject(layer, batch, dtype, device, cache),
@@ -62,9 +60,7 @@ def layer_item(
     )
 
 
-def model_item(
-    model: str, size: int, batch: int, dtype: torch.dtype, device: str, left_out: dict[str, str] | None = None
-) -> Item:
+def model_item(model: str, size: int, batch: int, dtype: torch.dtype, device: str, left_out: dict[str, str] | None = None) -> Item:
     return Item(
         ("model", model, size, batch, dtype_name(dtype)),
         lambda cache: model_subject(model, size, batch, dtype, device, cache),

@@ -185,8 +185,10 @@ def provenance(results: Results) -> str:
     commit = run.get("commit")
     state = "no checkout" if commit is None else commit[:12] + (" with uncommitted changes" if run.get("dirty") else "")
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    where = f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else (
-        f"{run['device_name']}, CUDA {run['cuda']}, driver {run['driver']}"
+    where = (
+        f"{run['device_name']}, {run['threads']} threads"
+        if run["device"] == "cpu"
+        else (f"{run['device_name']}, CUDA {run['cuda']}, driver {run['driver']}")
     )
     ceilings = "; ".join(_ceilings(results.ceilings))
     dropped = sum(r.dropped for r in results.rows)
@@ -228,9 +230,7 @@ def ops_overview(results: Results) -> str:
 def headline(results: Results) -> str:
     """The headline model at the image size it is known by: every contender's time and ratios, and where they come from."""
     groups = [
-        g
-        for g in results.groups().values()
-        if (g[0].kind, g[0].subject, g[0].size) == ("model", HEADLINE_MODEL, HEADLINE_SIZE)
+        g for g in results.groups().values() if (g[0].kind, g[0].subject, g[0].size) == ("model", HEADLINE_MODEL, HEADLINE_SIZE)
     ]
     if not groups:
         return f"{HEADLINE_MODEL} was not measured."
@@ -294,9 +294,7 @@ def _correctness(facts: Sequence[dict[str, object]]) -> str:
         if fact["outcome"] == "wrong":
             bad.append(f"- {fact['backend']}, {fact['dtype']}, {fact['layer']}: {fact['reason']}")
     body = [(b, d, *(str(c) for c in cells)) for (b, d), cells in counts.items()]
-    return table(("backend", "dtype", "right", "wrong", "refused"), body, left=2) + (
-        "\n\n" + "\n".join(bad) if bad else ""
-    )
+    return table(("backend", "dtype", "right", "wrong", "refused"), body, left=2) + ("\n\n" + "\n".join(bad) if bad else "")
 
 
 PLACES: dict[str, Callable[[Results], str]] = {

@@ -156,9 +156,7 @@ def _onnxruntime(subject: Subject) -> Built:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        exported(subject, subject.dtype), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(exported(subject, subject.dtype), options, providers=["CPUExecutionProvider"])
     element = {torch.float32: 1, torch.bfloat16: 16}[subject.dtype]  # as ONNX's TensorProto numbers them
     out = torch.empty_like(subject.plain()(subject.inputs[0]), memory_format=torch.contiguous_format)
 
@@ -268,11 +266,7 @@ def _no_onnxruntime(subject: Subject) -> str | None:
 
 
 def _no_openvino(subject: Subject) -> str | None:
-    return (
-        _cpu_only(subject)
-        or _missing("onnx", "onnxscript", extra="onnx")
-        or _missing("openvino", extra="openvino")
-    )
+    return _cpu_only(subject) or _missing("onnx", "onnxscript", extra="onnx") or _missing("openvino", extra="openvino")
 
 
 RIVALS: tuple[Contender, ...] = (

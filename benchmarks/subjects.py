@@ -195,10 +195,7 @@ class PlainOperator(nn.Module):
                 self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        rest = [
-            value if name is None else getattr(self, name)
-            for name, value in zip(self._names, self._arguments, strict=True)
-        ]
+        rest = [value if name is None else getattr(self, name) for name, value in zip(self._names, self._arguments, strict=True)]
         return self._forward(x, *rest, None)
 
 
@@ -356,8 +353,7 @@ def model_subject(model: str, size: int, batch: int, dtype: torch.dtype, device:
 
     recorded = blocks_of(model, size, batch, dtype)
     lengths = [
-        OPERATORS[b.operator].accumulation_length(*b.args) if b.operator in OPERATORS else b.args[1].shape[0]
-        for b in recorded
+        OPERATORS[b.operator].accumulation_length(*b.args) if b.operator in OPERATORS else b.args[1].shape[0] for b in recorded
     ]
     return Subject(
         "model",

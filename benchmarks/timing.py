@@ -234,9 +234,7 @@ def take_turns(
     order = list(contenders)
     turns: dict[str, list[Turn]] = {name: [] for name in order}
     # The first turn only tells how many calls the next ones need.
-    repetitions = {
-        name: repetitions_for(clock.turn(calls, 1).seconds, effort.turn_s) for name, calls in contenders.items()
-    }
+    repetitions = {name: repetitions_for(clock.turn(calls, 1).seconds, effort.turn_s) for name, calls in contenders.items()}
     shuffle = random.Random(0)
     started = now()
     made = 0

@@ -120,9 +120,7 @@ def create_model(
         WeightsUnavailableError: the published weights cannot be had.
     """
     config = get_config(name)
-    full = LowFormer(
-        config, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate
-    )
+    full = LowFormer(config, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     model = LowFormerFeatures(full, out_indices) if features_only else full
     if pretrained is True:
         other_classes = not features_only and num_classes not in (0, 1000)

@@ -74,9 +74,7 @@ class ConvLayer(nn.Module):
         act: bool = True,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm: nn.Module = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
         self.act: nn.Module = nn.Hardswish() if act else nn.Identity()
 
@@ -88,9 +86,7 @@ class ConvLayer(nn.Module):
 class FusedMBConv(nn.Module):
     """Dense 3x3 convolution to the expanded width, then a linear 1x1 projection (arXiv 2104.00298)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, expansion: int, stride: int = 1, bias: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, expansion: int, stride: int = 1, bias: bool = False) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.spatial_conv = ConvLayer(in_channels, hidden, 3, stride=stride, bias=bias)
@@ -133,9 +129,7 @@ class Lowtention(nn.Module):
         self.num_heads = max(1, channels // 2 // 30)
         self.head_dim = channels // self.num_heads // 2
         inner = self.num_heads * self.head_dim
-        self.conv_proj = ConvLayer(
-            channels, channels, 5 if stride == 2 else 3, stride=stride, groups=channels, act=False
-        )
+        self.conv_proj = ConvLayer(channels, channels, 5 if stride == 2 else 3, stride=stride, groups=channels, act=False)
         self.pwise = nn.Conv2d(channels, 3 * inner, 1, bias=False)
         # 4x4 at stride 2 gives exactly twice the size and 3x3 at stride 1 the same; an odd input is one
         # shorter: cropped

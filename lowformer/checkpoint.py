@@ -93,11 +93,7 @@ def load_checkpoint(
             "of a wrapped model pass the one inside"
         )
     own = model.state_dict()
-    weights = {
-        key: value
-        for key, value in read_checkpoint(checkpoint).items()
-        if key in own or not _has_no_place(key, model)
-    }
+    weights = {key: value for key, value in read_checkpoint(checkpoint).items() if key in own or not _has_no_place(key, model)}
     if new_head:
         weights |= {key: value for key, value in own.items() if key.startswith("classifier.")}
     if adapt_stem and _STEM in weights and weights[_STEM].ndim == 4:
@@ -140,8 +136,7 @@ def fetch_weights(name: str, *, timeout_s: float = 10.0) -> Path:
     # the client lets the errors of its HTTP library through, and that library has changed
     except Exception as error:
         raise WeightsUnavailableError(
-            f"cannot fetch {config.hub_id} from the Hugging Face Hub ({type(error).__name__}): "
-            f"connect to the network, or {remedy}"
+            f"cannot fetch {config.hub_id} from the Hugging Face Hub ({type(error).__name__}): connect to the network, or {remedy}"
         ) from error
 
 
@@ -154,15 +149,11 @@ def _read_file(path: Path) -> Any:
             from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError as error:
-            raise CheckpointError(
-                f"checkpoint {os.fspath(path)!r} needs safetensors: pip install 'lowkernels[weights]'"
-            ) from error
+            raise CheckpointError(f"checkpoint {os.fspath(path)!r} needs safetensors: pip install 'lowkernels[weights]'") from error
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"checkpoint {os.fspath(path)!r} is not a safetensors file: {error}"
-            ) from error
+            raise CheckpointError(f"checkpoint {os.fspath(path)!r} is not a safetensors file: {error}") from error
     if name.endswith((".pt", ".pth", ".pth.tar")):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -172,9 +163,7 @@ def _read_file(path: Path) -> Any:
                 "save it as torch.save(model.state_dict(), path). "
                 f"The reader said: {str(error).partition(chr(10))[0]}"
             ) from error
-    raise CheckpointError(
-        f"checkpoint {os.fspath(path)!r}: a file must end in .safetensors, .pt, .pth or .pth.tar"
-    )
+    raise CheckpointError(f"checkpoint {os.fspath(path)!r}: a file must end in .safetensors, .pt, .pth or .pth.tar")
 
 
 _WRAPPERS = ("state_dict", "model", "module", "ema", "state_dict_ema", "model_ema")
@@ -187,9 +176,7 @@ def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{source} holds a {type(content).__name__}: it must hold a state dict")
     wrapped = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
     if len(wrapped) > 1:
-        raise CheckpointError(
-            f"{source} holds several state dicts, {', '.join(wrapped)}: read it and pass the one you want"
-        )
+        raise CheckpointError(f"{source} holds several state dicts, {', '.join(wrapped)}: read it and pass the one you want")
     state = dict(content[wrapped[0]]) if wrapped else dict(content)
     # torch's AveragedModel counts its updates beside the weights
     if "n_averaged" in state and all(key.startswith("module.") for key in state if key != "n_averaged"):
@@ -280,10 +267,7 @@ def _check_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], headlin
     if "classifier.weight" in misshapen:
         classes, own_classes = weights["classifier.weight"].shape[0], own["classifier.weight"].shape[0]
         if classes != own_classes:
-            problems.append(
-                f"it has {classes} classes and the model {own_classes}: "
-                "new_head=True keeps the model's own classifier"
-            )
+            problems.append(f"it has {classes} classes and the model {own_classes}: new_head=True keeps the model's own classifier")
     if misshapen == [_STEM]:
         problems.append("adapt_stem=True fits a first convolution for another number of image channels")
     if problems:

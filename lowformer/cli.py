@@ -27,9 +27,7 @@ from lowformer.transforms import eval_transform, load_image
 from lowkernels._version import __version__
 from lowkernels.errors import LowkernelsError
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-)
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 """What counts as an image in a folder. A file named on the command line is tried whatever its name."""
 
 DTYPES = {
@@ -101,15 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     classify = commands.add_parser(
         "classify",
         help="name what photographs show",
-        description="Name what photographs show. Exit code 0: all classified; 1: some image could not be; "
-        "2: could not start.",
+        description="Name what photographs show. Exit code 0: all classified; 1: some image could not be; 2: could not start.",
     )
-    classify.add_argument(
-        "paths", nargs="+", metavar="PHOTO|FOLDER", help="folders are searched for images, all levels"
-    )
-    classify.add_argument(
-        "--model", default="lowformer_b1", help="default: %(default)s; `lowformer list` shows all"
-    )
+    classify.add_argument("paths", nargs="+", metavar="PHOTO|FOLDER", help="folders are searched for images, all levels")
+    classify.add_argument("--model", default="lowformer_b1", help="default: %(default)s; `lowformer list` shows all")
     classify.add_argument(
         "--weights",
         default="hub",
@@ -124,16 +117,10 @@ def _parser() -> argparse.ArgumentParser:
         help="eager: plain PyTorch; auto: lowkernels' operators, the fastest backend that works here; "
         "or one backend's name, see `lowkernels info` (default: %(default)s)",
     )
-    classify.add_argument(
-        "--topk", type=_positive, default=5, metavar="K", help="classes shown (default: %(default)s)"
-    )
+    classify.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes shown (default: %(default)s)")
     classify.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    classify.add_argument(
-        "--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
-    )
-    classify.add_argument(
-        "--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s"
-    )
+    classify.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    classify.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s")
     classify.add_argument(
         "--size",
         type=_positive,
@@ -141,12 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side of the model's input (default: %(default)s)",
     )
-    classify.add_argument(
-        "--json", metavar="FILE|-", help="write all results and how they were made; -: to stdout"
-    )
-    classify.add_argument(
-        "--csv", metavar="FILE|-", help="write a row for each image and class; -: to stdout"
-    )
+    classify.add_argument("--json", metavar="FILE|-", help="write all results and how they were made; -: to stdout")
+    classify.add_argument("--csv", metavar="FILE|-", help="write a row for each image and class; -: to stdout")
     classify.set_defaults(run=_classify)
 
     models = commands.add_parser("list", help="list the models")
@@ -165,9 +148,7 @@ def _list(args: argparse.Namespace) -> int:
     print(f"{'model':<15}{'params (M)':>10}{'MMACs at 224':>14}{'top-1 (%)':>11}  published weights")
     for config in VARIANTS.values():
         weights = config.hub_id if config.has_weights else "none"
-        print(
-            f"{config.name:<15}{config.params_m:>10.2f}{config.mmacs_224:>14}{config.top1:>11.1f}  {weights}"
-        )
+        print(f"{config.name:<15}{config.params_m:>10.2f}{config.mmacs_224:>14}{config.top1:>11.1f}  {weights}")
     return 0
 
 
@@ -269,9 +250,7 @@ def _images_below(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+            Path(parent, name) for name in names if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
         ]
     return sorted(found)
 
@@ -304,9 +283,7 @@ def _load_model(name: str, weights: str, kernels: str) -> tuple[LowFormer, Seque
         model = create_model(name, kernels=kernels, num_classes=classes)
         load_checkpoint(model, state)
     except WeightsUnavailableError as error:
-        raise UsageError(
-            f"{error} (here: --weights FILE; --weights none tries the program with untrained weights)"
-        ) from error
+        raise UsageError(f"{error} (here: --weights FILE; --weights none tries the program with untrained weights)") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(str(error)) from error
     if classes != len(names):
@@ -386,9 +363,7 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
         else:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             # Lines for the same terminal are printed above the bar; a pipe must get its lines itself.
-            with Progress(
-                *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
-            ) as bar:
+            with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
                 task = bar.add_task("", total=total)
                 yield lambda count: bar.advance(task, count)
             return

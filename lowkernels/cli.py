@@ -135,8 +135,8 @@ def environment() -> dict[str, Any]:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from .cpu import build as cpu_build
-    from .cuda import build as cuda_build
+    from .backends.cpu import build as cpu_build
+    from .backends.cuda import build as cuda_build
 
     options = [] if args.output is None else ["--output", args.output]
     return cuda_build.main(options) if args.cuda else cpu_build.main(options)

@@ -100,9 +100,7 @@ def record(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtyp
     return recorder.blocks
 
 
-def of_model(
-    model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32
-) -> tuple[Cost, ...]:
+def of_model(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Cost, ...]:
     """The least cost of every block of ``model``, in order; arguments as for :func:`record`."""
     return tuple(b.cost for b in record(model, shape, dtype))
 

@@ -168,9 +168,7 @@ def choose(
     if name != AUTO:
         reason = refusal(name)
         if reason is not None:
-            raise BackendError(
-                f"lowkernels.{operator}: backend {name!r}, asked for by {source}, cannot serve this call: {reason}"
-            )
+            raise BackendError(f"lowkernels.{operator}: backend {name!r}, asked for by {source}, cannot serve this call: {reason}")
         return cast(Kernel, kernel(operator, name)), Choice(operator, name, f"asked for by {source}")
 
     rejected: list[tuple[str, str]] = []

@@ -11,7 +11,7 @@ namespace lowkernels {
 
 inline i64 extent(i64 size, i64 k, i64 stride, i64 padding) { return (size + 2 * padding - k) / stride + 1; }
 
-// Reads what lowkernels/cpu/pack.py made: one block of bytes, a header of integers and then the sections in order, each beginning at
+// Reads what lowkernels/backends/cpu/pack.py made: one block of bytes, a header of integers and then the sections in order, each beginning at
 // a multiple of 64 bytes.
 class Reader {
 public:

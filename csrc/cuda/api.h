@@ -1,5 +1,5 @@
 // The launchers: plain structs in, a cudaError_t out (0: success, -1: a combination that is not compiled). No torch, no CUDA headers.
-// All pointers are to the current device; activations are NHWC, weights as lowkernels/cuda/pack.py lays them out.
+// All pointers are to the current device; activations are NHWC, weights as lowkernels/backends/cuda/pack.py lays them out.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // lowkernels_cuda::*: tensors in, launchers called. The only file that sees torch, and of torch only its stable ABI (2.10 and up).
 //
-// Schemas and fakes are in lowkernels/cuda/library.py. LOWKERNELS_KEY is the dispatch key, CUDA unless the tests' shim says otherwise.
+// Schemas and fakes are in lowkernels/backends/cuda/library.py. LOWKERNELS_KEY is the dispatch key, CUDA unless the tests' shim says otherwise.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

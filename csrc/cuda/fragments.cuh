@@ -22,7 +22,7 @@ constexpr LK_DEVICE I ceil_div(I a, I b) {
 // ldmatrix meets no bank twice.
 constexpr LK_DEVICE int row_length(int columns) { return columns + 8; }
 
-// The numbers of lowkernels/cuda/pack.py.
+// The numbers of lowkernels/backends/cuda/pack.py.
 enum Activation { kNone, kRelu, kRelu6, kHardswish, kSilu, kGelu, kGeluTanh };
 
 LK_DEVICE float clamp6(float x) { return x < 0.0f ? 0.0f : (x > 6.0f ? 6.0f : x); }

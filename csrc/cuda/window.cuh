@@ -28,7 +28,7 @@ struct Config {
     static_assert(TILES % kRowWarps == 0, "tiles are dealt evenly");
 };
 
-// The shapes compiled, by the number lowkernels/cuda/tiling.py chooses: (tiles, warps along columns, groups a warp).
+// The shapes compiled, by the number lowkernels/backends/cuda/tiling.py chooses: (tiles, warps along columns, groups a warp).
 #define LK_CONFIGS(X) X(0, 4, 2, 1) X(1, 4, 8, 1) X(2, 4, 8, 2) X(3, 7, 8, 2)
 
 struct Place {

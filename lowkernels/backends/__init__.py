@@ -1,4 +1,4 @@
-"""The backends, one file each.
+"""The backends, one file each, or one folder where its operators share more: building, packing, configurations.
 
 A backend module defines
 

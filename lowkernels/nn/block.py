@@ -62,9 +62,7 @@ class FusedBlock(nn.Module):
     _last_call: tuple[Choice, int] | None
     _lead: tuple[Any]
 
-    def _setup(
-        self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None
-    ) -> None:
+    def _setup(self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None) -> None:
         self.backend = dispatch.check_name(backend, f"lowkernels.nn.{type(self).__name__}: ")
         # In a tuple, so that it is not a child: its children are this block's already.
         self._original = (original,)

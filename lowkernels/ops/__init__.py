@@ -20,8 +20,7 @@ from .activations import ACTIVATIONS
 from .operator import Operator, PackedWeights
 
 OPERATORS: dict[str, Operator] = {
-    folder.OPERATOR.name: folder.OPERATOR
-    for folder in (_conv_act, _separable_conv, _mbconv, _fused_mbconv, _lowtention, _gn_mlp)
+    folder.OPERATOR.name: folder.OPERATOR for folder in (_conv_act, _separable_conv, _mbconv, _fused_mbconv, _lowtention, _gn_mlp)
 }
 
 conv_act, pack_conv_act = _conv_act.conv_act, _conv_act.pack_conv_act
@@ -30,7 +29,6 @@ mbconv, pack_mbconv = _mbconv.mbconv, _mbconv.pack_mbconv
 fused_mbconv, pack_fused_mbconv = _fused_mbconv.fused_mbconv, _fused_mbconv.pack_fused_mbconv
 lowtention, pack_lowtention = _lowtention.lowtention, _lowtention.pack_lowtention
 gn_mlp, pack_gn_mlp = _gn_mlp.gn_mlp, _gn_mlp.pack_gn_mlp
-
 
 
 def explain(operator: str, *args: Any, backend: str | None = None) -> Choice:

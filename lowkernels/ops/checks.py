@@ -105,9 +105,7 @@ def residual(operator: str, wanted: bool, x: torch.Tensor, out: tuple[int, ...])
         fail(operator, "residual", f"is true, but the output {tuple(out)} has not the shape of x {tuple(x.shape)}")
 
 
-def group_norm(
-    operator: str, weight: torch.Tensor | None, bias_: torch.Tensor | None, eps: float, channels: int
-) -> None:
+def group_norm(operator: str, weight: torch.Tensor | None, bias_: torch.Tensor | None, eps: float, channels: int) -> None:
     if (weight is None) != (bias_ is None):
         fail(operator, "norm_bias", "norm_weight and norm_bias go together: pass both, or None for both")
     bias(operator, "norm_weight", weight, channels)

@@ -105,9 +105,7 @@ class Operator:
         self._defaults = tuple(a.default_value if a.has_default_value() else None for a in arguments)
         self._tensor_positions = tuple(i for i, a in enumerate(arguments[:-_DISPATCH_ARGUMENTS]) if "Tensor" in str(a.type))
 
-        _LIBRARY.define(
-            f"{name}_backward(Tensor grad, {schema}, *, bool[] needs) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
-        )
+        _LIBRARY.define(f"{name}_backward(Tensor grad, {schema}, *, bool[] needs) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
         self.backward_overload = getattr(torch.ops.lowkernels, f"{name}_backward").default
         for key in _DEVICE_KEYS:
             _LIBRARY.impl(name, self._run, key)
@@ -134,9 +132,7 @@ class Operator:
         """
         # The first weight may be a GroupNorm's; all share one device and dtype.
         like = next(w for w in weights if isinstance(w, Tensor))
-        kernel, choice = dispatch.choose(
-            self.name, like, backend, lambda candidate: candidate.unsupported_weights(*weights)
-        )
+        kernel, choice = dispatch.choose(self.name, like, backend, lambda candidate: candidate.unsupported_weights(*weights))
         return PackedWeights(choice.backend, kernel.pack(*weights))
 
     def explain(self, *args: Any, backend: str | None = None) -> Choice:
@@ -250,9 +246,7 @@ class Operator:
             grads = iter(self._reference_grads(grad, call, needs, create_graph=True))
         else:
             grads = iter(self.backward_overload(grad, *call, needs=needs))
-        by_position: dict[int, Tensor] = {
-            i: next(grads) for i, need in zip(self._tensor_positions, needs, strict=True) if need
-        }
+        by_position: dict[int, Tensor] = {i: next(grads) for i, need in zip(self._tensor_positions, needs, strict=True) if need}
         # ``packed`` is a list, and wants a list of the same length back.
         return tuple([None] * len(g) if isinstance(g, list) else by_position.get(i) for i, g in enumerate(given))
 

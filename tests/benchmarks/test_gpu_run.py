@@ -126,9 +126,7 @@ def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original_load, original_kernel = backends.load, dispatch.kernel
     monkeypatch.setattr(backends, "PRIORITY", ("broken", "eager"))
     monkeypatch.setattr(backends, "load", lambda name: module if name == "broken" else original_load(name))
-    monkeypatch.setattr(
-        "lowkernels.dispatch.kernel", lambda op, name: broken if name == "broken" else original_kernel(op, name)
-    )
+    monkeypatch.setattr("lowkernels.dispatch.kernel", lambda op, name: broken if name == "broken" else original_kernel(op, name))
     OPERATORS["gn_mlp"]._plans.clear()
     facts = [f for f in check_layers([LAYER], [torch.float32], "cpu", set(), lambda: 1.0) if f["kind"] == "correctness"]
     OPERATORS["gn_mlp"]._plans.clear()

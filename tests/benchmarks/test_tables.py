@@ -234,9 +234,7 @@ def test_committed_rows_can_be_trusted() -> None:
             rows.fill_ratios(expected)
             for r, e in zip(group, expected, strict=True):
                 assert r.to_eager == (None if e.to_eager is None else pytest.approx(e.to_eager, rel=1e-3))
-                assert r.to_fastest_rival == (
-                    None if e.to_fastest_rival is None else pytest.approx(e.to_fastest_rival, rel=1e-3)
-                )
+                assert r.to_fastest_rival == (None if e.to_fastest_rival is None else pytest.approx(e.to_fastest_rival, rel=1e-3))
 
 
 def test_render_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

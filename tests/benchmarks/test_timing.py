@@ -134,9 +134,7 @@ def test_waiting_for_a_processor_is_seen() -> None:
         "print([clock.turn([spin], 3).disturbed for _ in range(4)])\n"
     )
     pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for _ in range(2)
     ]
     for process in pair:

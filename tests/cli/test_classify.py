@@ -83,9 +83,7 @@ def test_results_are_the_models(photo: Path, tabby_weights: Path, tmp_path: Path
     assert [best["index"] for best in predictions] == expected.indices[:5].tolist()
     assert [best["name"] for best in predictions] == [class_names()[i] for i in expected.indices[:5].tolist()]
     # 1e-9 is the project's bound for two float64 computations of one model.
-    assert [best["probability"] for best in predictions] == pytest.approx(
-        expected.values[:5].tolist(), rel=1e-9, abs=0
-    )
+    assert [best["probability"] for best in predictions] == pytest.approx(expected.values[:5].tolist(), rel=1e-9, abs=0)
 
 
 def test_folders_in_order_in_batches(
@@ -116,9 +114,7 @@ def test_folders_in_order_in_batches(
     assert capsys.readouterr().err == ""
 
 
-def test_json_says_how_it_was_made(
-    photo: Path, tabby_weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_says_how_it_was_made(photo: Path, tabby_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--weights", tabby_weights, "--kernels", "eager", "--device", "cpu", "--topk", "2", *FAST]
     assert run("classify", photo, *arguments, "--json", "-") == 0
     result = json.loads(capsys.readouterr().out)
@@ -141,9 +137,7 @@ def test_json_says_how_it_was_made(
     }
 
 
-def test_csv_has_a_row_for_each_image_and_rank(
-    folder: Path, tabby_weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_csv_has_a_row_for_each_image_and_rank(folder: Path, tabby_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("classify", folder, "--weights", tabby_weights, "--topk", "3", *FAST, "--csv", "-") == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert len(rows) == 4 * 3
@@ -155,9 +149,7 @@ def test_csv_has_a_row_for_each_image_and_rank(
     assert all(float(row["probability"]) > 0.99 for row in rows[::3])
 
 
-def test_untrained_weights_are_labelled_everywhere(
-    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_untrained_weights_are_labelled_everywhere(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for attempt in ("1", "2"):
         outputs = ["--json", tmp_path / f"{attempt}.json", "--csv", tmp_path / f"{attempt}.csv"]
@@ -202,9 +194,7 @@ def test_unreadable_images_do_not_stop_the_others(
     assert "without a known white" in error
 
 
-def test_only_unreadable_images(
-    tmp_path: Path, tabby_weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_unreadable_images(tmp_path: Path, tabby_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"words")
     assert run("classify", bad, "--weights", tabby_weights, *FAST) == 1

@@ -89,9 +89,7 @@ before = set(sys.modules)
 import {package}
 print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120, cwd=ROOT)
     brought = set(result.stdout.split())
     assert package.partition(".")[0] in brought
     optional = {

@@ -22,9 +22,7 @@ def timm_transform(image: Image.Image, size: int, crop_pct: float) -> torch.Tens
     install()
     from timm.data import create_transform
 
-    transform = create_transform(
-        (3, size, size), is_training=False, interpolation="bicubic", crop_pct=crop_pct, crop_mode="center"
-    )
+    transform = create_transform((3, size, size), is_training=False, interpolation="bicubic", crop_pct=crop_pct, crop_mode="center")
     return transform(image.convert("RGB"))
 
 
@@ -90,9 +88,7 @@ def test_transparent_pixels_are_white(tmp_path: Path, mode: str) -> None:
         image.putpalette([90, 90, 90, 17, 17, 17])
         image.save(tmp_path / "image.png", transparency=1)
     else:
-        Image.merge(mode, [Image.fromarray(channel) for channel in [grey] * (len(mode) - 1) + [alpha]]).save(
-            tmp_path / "image.png"
-        )
+        Image.merge(mode, [Image.fromarray(channel) for channel in [grey] * (len(mode) - 1) + [alpha]]).save(tmp_path / "image.png")
     with Image.open(tmp_path / "image.png") as reopened:
         assert reopened.mode == mode
     shown = np.asarray(load_image(tmp_path / "image.png"))

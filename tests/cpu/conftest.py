@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowkernels.cpu import build
+from lowkernels.backends.cpu import build
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowkernels.cpu import build
+from lowkernels.backends.cpu import build
 
 CODE = """
 import sys, torch, lowkernels

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowkernels.cpu import build, pack
+from lowkernels.backends.cpu import build, pack
 from lowkernels.dispatch import kernel
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import assert_within_budget, random_call

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowkernels.cpu import build
+from lowkernels.backends.cpu import build
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_lesser_instruction_set(isa: str, native: None) -> None:
 
 
 def test_unknown_instruction_set_is_a_reason(native: None) -> None:
-    code = "import lowkernels.cpu.build as build; print(build.load())"
+    code = "import lowkernels.backends.cpu.build as build; print(build.load())"
     environment = {**os.environ, build.ISA_VARIABLE: "mmx"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert "LOWKERNELS_CPU_ISA is 'mmx'" in done.stdout

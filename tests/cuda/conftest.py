@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowkernels import backends
-from lowkernels.cuda import launch
+from lowkernels.backends.cuda import launch
 from lowkernels.ops import OPERATORS
 from tests.cuda import execution
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from lowkernels.cuda import build
+from lowkernels.backends.cuda import build
 
 SHIM = Path(__file__).parent / "shim"
 SOURCES = build.sources()
@@ -111,7 +111,7 @@ def machine() -> ctypes.CDLL:
             _run(["g++", "-shared", *objects, "-o", f"{folder}/out.so", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ldl"])
             shutil.move(f"{folder}/out.so", path)
 
-    from lowkernels.cuda import library
+    from lowkernels.backends.cuda import library
 
     assert set(library.SCHEMAS) >= set(KERNELS)
     path = _library("machine", _contents(SHIM, SOURCES), compile_)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lowkernels.cuda import tiling
+from lowkernels.backends.cuda import tiling
 from lowkernels.testing import check_call, random_call
 from tests.cuda import execution
 

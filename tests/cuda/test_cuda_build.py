@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from lowkernels import BackendError, backends
-from lowkernels.cpu.build import CACHE_VARIABLE, JIT_VARIABLE, BuildError
-from lowkernels.cuda import build, library
+from lowkernels.backends.cpu.build import CACHE_VARIABLE, JIT_VARIABLE, BuildError
+from lowkernels.backends.cuda import build, library
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import random_call
 from tests.cuda import cases, execution
@@ -110,7 +110,7 @@ def test_machine_code_has_the_instructions(built: Built) -> None:
 CODE = """
 import sys, torch
 from pathlib import Path
-from lowkernels.cuda import build
+from lowkernels.backends.cuda import build
 print(build.load_library(Path(sys.argv[1])))
 for name in ("separable_conv", "mbconv", "lowtention"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("lowkernels_cuda::" + name, "CUDA") == (sys.argv[2] == "loads"), name

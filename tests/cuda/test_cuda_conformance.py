@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lowkernels.cuda import build
+from lowkernels.backends.cuda import build
 from tests.cuda import execution
 
 WRAPPERS = ("ldmatrix", "ldmatrix_transposed", "mma_fp16", "mma_bf16", "cp_async", "fp16", "bf16", "shuffle", "functions")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowkernels.cuda import tiling
+from lowkernels.backends.cuda import tiling
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import Call, check_call, random_call
 from tests.cuda import cases, execution

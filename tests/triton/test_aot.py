@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton package is not installed")
 
-from lowkernels._triton import aot, configs, layers
+from lowkernels.backends.triton import aot, configs, layers
 from lowkernels.ops import OPERATORS
 
 PERF = Path(__file__).parents[2] / "docs" / "perf"
@@ -31,9 +31,7 @@ def test_every_row_is_launched() -> None:
     """A row no LowFormer layer uses is not proven, so it does not ship."""
     for arch in (80, 90):
         dtypes = list(aot.DTYPES)
-        launched = {
-            (job.layer[0], launch.config["row"]) for job in aot.shipped_jobs(arch, dtypes) for launch in aot.planned(job)
-        }
+        launched = {(job.layer[0], launch.config["row"]) for job in aot.shipped_jobs(arch, dtypes) for launch in aot.planned(job)}
         for operator in OPERATORS:
             rows = configs.table(operator)
             meant = {number for number, row in enumerate(rows) if any(configs.serves(row, arch, dtype) for dtype in dtypes)}
@@ -62,4 +60,4 @@ def test_one_launch_up_to_256_pixels_and_at_most_three_beyond() -> None:
 def test_table_is_up_to_date() -> None:
     text = (PERF / "triton_resources.md").read_text()
     fresh = aot.HASH_LINE.format(aot.source_hash())
-    assert fresh in text, "run: python -m lowkernels._triton.aot --arch all --write docs/perf/triton_resources.md"
+    assert fresh in text, "run: python -m lowkernels.backends.triton.aot --arch all --write docs/perf/triton_resources.md"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowkernels._triton import configs
+from lowkernels.backends.triton import configs
 from lowkernels.ops import OPERATORS
 
 FALLBACK = {"BM": 64, "num_warps": 4}

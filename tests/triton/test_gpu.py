@@ -20,8 +20,8 @@ from lowkernels.testing import assert_within_budget, check_call, random_call
 from tests.triton.cases import CASES, call
 
 pytest.importorskip("triton", reason="the Triton package is not installed")
-layers = pytest.importorskip("lowkernels._triton.layers")
-launch = pytest.importorskip("lowkernels._triton.launch")
+layers = pytest.importorskip("lowkernels.backends.triton.layers")
+launch = pytest.importorskip("lowkernels.backends.triton.launch")
 
 pytestmark = pytest.mark.gpu
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
 
 __all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
 
@@ -41,7 +41,5 @@ def forward(
         packed = pack(weight, bias, act, stride, padding, pool)
     if residual is not None:
         residual = residual.expand(x.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
-    out: Tensor = torch.ops.lowkernels_cpu.conv_act.default(
-        x, residual, packed, ACTIVATION_NUMBERS[act], stride, padding, pool
-    )
+    out: Tensor = torch.ops.lowkernels_cpu.conv_act.default(x, residual, packed, ACTIVATION_NUMBERS[act], stride, padding, pool)
     return out

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import configs, launch, packing
-from ..._triton.device import activate, load_vector, load_weight, load_window, output_rows, store_rows, window_bits
-from ..._triton.launch import Launch, block, ceil_div, dividing_block
+from ...backends.triton import configs, launch, packing
+from ...backends.triton.device import activate, load_vector, load_weight, load_window, output_rows, store_rows, window_bits
+from ...backends.triton.launch import Launch, block, ceil_div, dividing_block
 
 RESIDUAL_POSITION = 5
 
@@ -81,9 +81,7 @@ def conv_act(
         store_rows(out, value, offset, ok, column, CO, BN)
 
 
-def unsupported_weights(
-    weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: int, pool: bool
-) -> str | None:
+def unsupported_weights(weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: int, pool: bool) -> str | None:
     return launch.unsupported_dtype(weight)
 
 

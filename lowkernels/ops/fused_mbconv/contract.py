@@ -46,8 +46,6 @@ def infer_shape(
     return out
 
 
-def accumulation_length(
-    x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, project_weight: Tensor, *_: object
-) -> int:
+def accumulation_length(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, project_weight: Tensor, *_: object) -> int:
     """K of the error budget: the longest sum one output element is made of."""
     return max(conv_weight[0].numel(), project_weight.shape[1])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
 
 __all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
 
 
-def unsupported_weights(
-    conv_weight: Tensor, conv_bias: Tensor | None, project_weight: Tensor, *rest: object
-) -> str | None:
+def unsupported_weights(conv_weight: Tensor, conv_bias: Tensor | None, project_weight: Tensor, *rest: object) -> str | None:
     expanded, channels = conv_weight.shape[:2]
     return unsupported(conv_weight.dtype, C_in=channels, E=expanded, C_out=project_weight.shape[0])
 
@@ -50,7 +48,5 @@ def forward(
 ) -> Tensor:
     if packed is None:
         packed = pack(conv_weight, conv_bias, project_weight, project_bias, act, stride)
-    out: Tensor = torch.ops.lowkernels_cpu.fused_mbconv.default(
-        x, packed, ACTIVATION_NUMBERS[act], stride, padding, residual
-    )
+    out: Tensor = torch.ops.lowkernels_cpu.fused_mbconv.default(x, packed, ACTIVATION_NUMBERS[act], stride, padding, residual)
     return out

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._triton import expand_project, launch, packing
-from ..._triton.launch import Launch
+from ...backends.triton import expand_project, launch, packing
+from ...backends.triton.launch import Launch
 
 
 def unsupported_weights(
@@ -60,9 +60,7 @@ def plan(
 ) -> tuple[Tensor, list[Launch]]:
     """The output, still unwritten, and the launch that writes it."""
     out_channels, size = project_weight.shape[0], conv_weight.shape[2]
-    return expand_project.plan(
-        "fused_mbconv", x, packed, None, out_channels, act, size, stride, padding, residual, eps=0.0
-    )
+    return expand_project.plan("fused_mbconv", x, packed, None, out_channels, act, size, stride, padding, residual, eps=0.0)
 
 
 def forward(x: Tensor, *args: Any) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._triton import expand_project, launch, packing
-from ..._triton.launch import Launch
+from ...backends.triton import expand_project, launch, packing
+from ...backends.triton.launch import Launch
 
 
 def unsupported_weights(
@@ -23,9 +23,7 @@ def unsupported_weights(
     residual: bool,
 ) -> str | None:
     expanded, channels = fc1_weight.shape[:2]
-    return launch.unsupported_dtype(fc1_weight) or launch.unsupported_channels(
-        C=channels, E=expanded, C_out=fc2_weight.shape[0]
-    )
+    return launch.unsupported_dtype(fc1_weight) or launch.unsupported_channels(C=channels, E=expanded, C_out=fc2_weight.shape[0])
 
 
 def unsupported_input(x: Tensor, *_: object) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cpu.pack import Packer, unsupported
+from ...backends.cpu.pack import Packer, unsupported
 
 __all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
 
@@ -74,8 +74,6 @@ def forward(
     packed: list[Tensor] | None,
 ) -> Tensor:
     if packed is None:
-        packed = pack(
-            norm_weight, norm_bias, eps, dw_weight, dw_bias, qkv_weight, up_weight, up_bias, num_heads, stride
-        )
+        packed = pack(norm_weight, norm_bias, eps, dw_weight, dw_bias, qkv_weight, up_weight, up_bias, num_heads, stride)
     out: Tensor = torch.ops.lowkernels_cpu.lowtention.default(x, packed, eps, num_heads, stride, residual)
     return out

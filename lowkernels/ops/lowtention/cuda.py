@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...cuda import launch, tiling
-from ...cuda import pack as packing
-from ...cuda.pack import GROUP, STEP, attention_channels, rounded_up
+from ...backends.cuda import launch, tiling
+from ...backends.cuda import pack as packing
+from ...backends.cuda.pack import GROUP, STEP, attention_channels, rounded_up
 
 # Above this one CTA would work too long alone.
 MAX_FUSED_TOKENS = 256

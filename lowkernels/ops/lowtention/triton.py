@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import configs, launch, packing
-from ..._triton.device import depthwise, image_statistics, initial_rows, load_vector, load_weight, output_rows, store_rows
-from ..._triton.launch import Launch, block, ceil_div, dividing_block
+from ...backends.triton import configs, launch, packing
+from ...backends.triton.device import depthwise, image_statistics, initial_rows, load_vector, load_weight, output_rows, store_rows
+from ...backends.triton.launch import Launch, block, ceil_div, dividing_block
 
 # Images of at most so many tokens are served by one launch.
 FUSED_TOKENS = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
 
 __all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
 
@@ -59,7 +59,5 @@ def forward(
     if packed is None:
         packed = pack(expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias)
     number = ACTIVATION_NUMBERS[act]
-    out: Tensor = torch.ops.lowkernels_cpu.inverted_residual.default(
-        x, packed, True, number, number, 0, stride, padding, residual
-    )
+    out: Tensor = torch.ops.lowkernels_cpu.inverted_residual.default(x, packed, True, number, number, 0, stride, padding, residual)
     return out

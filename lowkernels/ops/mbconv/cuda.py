@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cuda import launch, tiling
-from ...cuda import pack as packing
-from ...cuda.pack import ACTIVATION_NUMBERS, CHUNK, GROUP
+from ...backends.cuda import launch, tiling
+from ...backends.cuda import pack as packing
+from ...backends.cuda.pack import ACTIVATION_NUMBERS, CHUNK, GROUP
 
 
 def unsupported_weights(

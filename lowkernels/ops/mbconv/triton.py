@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import configs, launch, packing
-from ..._triton.device import activate, depthwise, initial_rows, load_vector, load_weight, load_window, store_rows
-from ..._triton.launch import Launch, block, ceil_div, column_groups, dividing_block
+from ...backends.triton import configs, launch, packing
+from ...backends.triton.device import activate, depthwise, initial_rows, load_vector, load_weight, load_window, store_rows
+from ...backends.triton.launch import Launch, block, ceil_div, column_groups, dividing_block
 
 
 @triton.jit

@@ -42,8 +42,6 @@ def infer_shape(
     return out
 
 
-def accumulation_length(
-    x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, dw_act: str, pw_weight: Tensor, *_: object
-) -> int:
+def accumulation_length(x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, dw_act: str, pw_weight: Tensor, *_: object) -> int:
     """K of the error budget: the longest sum one output element is made of."""
     return max(dw_weight[0].numel(), pw_weight.shape[1])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
 
 __all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
 
 
-def unsupported_weights(
-    dw_weight: Tensor, dw_bias: Tensor | None, dw_act: str, pw_weight: Tensor, *rest: object
-) -> str | None:
+def unsupported_weights(dw_weight: Tensor, dw_bias: Tensor | None, dw_act: str, pw_weight: Tensor, *rest: object) -> str | None:
     return unsupported(dw_weight.dtype, C=dw_weight.shape[0], C_out=pw_weight.shape[0])
 
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import configs, launch, packing
-from ..._triton.device import activate, depthwise, load_vector, load_weight, output_rows, store_rows
-from ..._triton.launch import Launch, block, ceil_div
+from ...backends.triton import configs, launch, packing
+from ...backends.triton.device import activate, depthwise, load_vector, load_weight, output_rows, store_rows
+from ...backends.triton.launch import Launch, block, ceil_div
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO"])
@@ -57,9 +57,7 @@ def unsupported_weights(
     padding: int,
     residual: bool,
 ) -> str | None:
-    return launch.unsupported_dtype(dw_weight) or launch.unsupported_channels(
-        C=dw_weight.shape[0], C_out=pw_weight.shape[0]
-    )
+    return launch.unsupported_dtype(dw_weight) or launch.unsupported_channels(C=dw_weight.shape[0], C_out=pw_weight.shape[0])
 
 
 def unsupported_input(x: Tensor, *_: object) -> str | None:

@@ -17,8 +17,8 @@ from triton.runtime import interpreter
 
 import lowformer
 import lowkernels
-from lowkernels._triton import configs, expand_project
-from lowkernels._triton.launch import Target, planning_for, run
+from lowkernels.backends.triton import configs, expand_project
+from lowkernels.backends.triton.launch import Target, planning_for, run
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import assert_within_budget, check_call, random_call
 from tests.triton.cases import CASES, call

@@ -1,6 +1,7 @@
 """CUDA C++ kernels for NVIDIA GPUs of compute capability 8.0 and up.
 
-They are compiled on first use; see :mod:`lowkernels.cuda.build`.
+They are compiled on first use by :mod:`.build`. :mod:`.library` has the schemas of what they register, :mod:`.pack` lays out
+weights, :mod:`.tiling` divides work among CTAs and :mod:`.launch` calls them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import functools
 
 import torch
 
-from ..cuda import build
+from . import build
 
 NAME = "cuda"
 KERNEL = "cuda"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.activations import ACTIVATIONS
+from ...ops.activations import ACTIVATIONS
 from . import build
 
 DTYPES = (torch.float32, torch.bfloat16)

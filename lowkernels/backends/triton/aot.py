@@ -1,8 +1,8 @@
 """Compile the kernels without a GPU, as they would be launched, and report what they use.
 
-``python -m lowkernels._triton.aot --arch all --write docs/perf/triton_resources.md`` compiles every row of the shipped tables for
-every supported architecture, fails on spills, on too much shared memory and on matrix kernels without the architecture's matrix
-instructions, and writes the table. ``--every-layer`` compiles what every LowFormer layer launches instead.
+``python -m lowkernels.backends.triton.aot --arch all --write docs/perf/triton_resources.md`` compiles every row of the shipped
+tables for every supported architecture, fails on spills, on too much shared memory and on matrix kernels without the
+architecture's matrix instructions, and writes the table. ``--every-layer`` compiles what every LowFormer layer launches instead.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import OPERATORS
-from ..testing import Call
+from ...ops import OPERATORS
+from ...testing import Call
 from .launch import Launch, Target, planning_for
 from .layers import Layer, layers, meta_layer, name
 
@@ -224,8 +224,9 @@ def shipped_jobs(arch: int, dtypes: Sequence[str]) -> list[Job]:
 
 def source_hash() -> str:
     """Changes with the kernels, how they are launched, and their tables."""
-    package = Path(__file__).parent.parent
-    files = [*package.glob("_triton/*.py"), *package.glob("_triton/tables/*.json"), *package.glob("ops/*/triton.py")]
+    package = Path(__file__).parents[2]
+    shared = package / "backends" / "triton"
+    files = [*shared.glob("*.py"), *shared.glob("tables/*.json"), *package.glob("ops/*/triton.py")]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -249,8 +250,8 @@ def report(checks: Iterable[Check], archs: Sequence[int]) -> str:
     lines = [
         "# What the Triton kernels use",
         "",
-        "Written by `python -m lowkernels._triton.aot --write`; compiled, not run. One line for each row of the shipped tables and",
-        "each kernel, with the widest LowFormer layer that uses it. Spills are bytes, shared memory is KiB.",
+        "Written by `make aot`; compiled, not run. One line for each row of the shipped tables and each kernel, with the widest",
+        "LowFormer layer that uses it. Spills are bytes, shared memory is KiB.",
         "",
         f"{HASH_LINE.format(source_hash())} Triton {triton.__version__}. Compute capabilities: {', '.join(map(str, archs))}.",
         "",
@@ -269,7 +270,7 @@ def report(checks: Iterable[Check], archs: Sequence[int]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lowkernels._triton.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m lowkernels.backends.triton.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", default=["80", "90"], help="compute capabilities such as 90, or all")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--every-layer", action="store_true", help="every LowFormer layer, not one for each row of the tables")

@@ -1,13 +1,13 @@
 """Native C++ kernels for x86 (AVX2, AVX-512, avx512_bf16) and ARM (NEON).
 
-They are compiled on first use; see :mod:`lowkernels.cpu.build`.
+They are compiled on first use by :mod:`.build`; :mod:`.pack` lays out their weights.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..cpu import build
+from . import build
 
 NAME = "cpu"
 KERNEL = "cpu"

@@ -1,9 +1,9 @@
 """Building and loading the CUDA kernels of ``csrc/cuda``.
 
-They are compiled by the user's nvcc and g++ into the cache directory of :mod:`lowkernels.cpu.build`, once for each version of the
-sources, the first time an operator asks for them on a machine with a GPU; never at import. ``python -m lowkernels.cuda.build`` does
-it ahead of time and needs no GPU; with ``--output`` it puts the library into a folder, and this one (``lowkernels/cuda``) is looked
-into before the cache. The library uses PyTorch's stable ABI: one file serves PyTorch 2.10 and every later one.
+They are compiled by the user's nvcc and g++ into the cache directory of the CPU kernels, once for each version of the sources, the
+first time an operator asks for them on a machine with a GPU; never at import. ``lowkernels build --cuda`` does it ahead of time and
+needs no GPU. ``python -m lowkernels.backends.cuda.build --output FOLDER`` puts the library into a folder; the one that this file is
+in is looked into before the cache. The library uses PyTorch's stable ABI: one file serves PyTorch 2.10 and every later one.
 
 Environment variables: ``TORCH_CUDA_ARCH_LIST``, compute capabilities to compile for, such as ``"8.0;9.0a+PTX"`` (default: those of
 the GPUs here for a build on first use, :data:`ARCHITECTURES` and PTX for later ones ahead of time); ``CUDA_HOME``, where nvcc is if
@@ -56,7 +56,7 @@ _outcome: str | None = None
 
 def sources() -> Path:
     """The folder of the CUDA sources: in the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "csrc" / "cuda", package.parent / "csrc" / "cuda"):
         if (folder / "bind.cpp").is_file():
             return folder
@@ -275,7 +275,7 @@ def unusable() -> str | None:
             stale = _prebuilt()[1]
             state = "the CUDA kernels are not built" if stale is None else stale
             if os.environ.get(JIT_VARIABLE) == "0":
-                return f"{state}, and {JIT_VARIABLE}=0 forbids building them (python -m lowkernels.cuda.build)"
+                return f"{state}, and {JIT_VARIABLE}=0 forbids building them on first use (lowkernels build --cuda)"
             if compiler() is None:
                 return f"{state}, and there is no compiler: nvcc is neither in $CUDA_HOME/bin nor on PATH"
     except BuildError as error:
@@ -318,7 +318,7 @@ def load_library(path: Path) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: build ahead of time."""
-    parser = argparse.ArgumentParser(prog="python -m lowkernels.cuda.build", description="Build the CUDA kernels.")
+    parser = argparse.ArgumentParser(prog="python -m lowkernels.backends.cuda.build", description="Build the CUDA kernels.")
     parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
     folder = parser.parse_args(arguments).output
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.activations import ACTIVATIONS
+from ...ops.activations import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16)
 # The numbers of csrc/cuda/fragments.cuh.

@@ -2,6 +2,11 @@
 
 The interpreter (``TRITON_INTERPRET=1`` in the environment before lowkernels is imported) is for tests: it is exact and very slow,
 so ``auto`` does not choose it. Ask for it with ``backend="triton"``.
+
+What the kernels of the operators share: ``device``: functions the kernels are made of; ``packing``: weight layouts; ``launch``:
+from a planned launch to a running one; ``configs``: tile sizes by operator, architecture and shape; ``aot``: compiles every shipped
+configuration without a GPU; ``layers``: the shapes of the LowFormer models, which the configurations are made for. None of them,
+nor Triton, is imported before a call is served by this backend or asks why it cannot be.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import INTERPRETING
+from .. import INTERPRETING
 
 NAME = "triton"
 KERNEL = "triton"

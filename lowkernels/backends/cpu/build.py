@@ -2,8 +2,8 @@
 
 They are compiled once for each version of the sources and of torch, with the user's g++, into a cache directory. That
 happens the first time an operator asks for them (about half a minute on two cores, announced by one line of the
-``lowkernels`` logger), never at import. ``python -m lowkernels.cpu.build`` does it ahead of time; with ``--output`` it
-puts the library into a folder, and this one (``lowkernels/cpu``) is looked into before the cache. Every instruction set
+``lowkernels`` logger), never at import. ``python -m lowkernels.backends.cpu.build`` does it ahead of time; with ``--output`` it
+puts the library into a folder, and this one (``lowkernels/backends/cpu``) is looked into before the cache. Every instruction set
 of the machine's architecture is compiled; the best one is chosen when the library is loaded.
 
 Environment variables: ``LOWKERNELS_CACHE_DIR``, the directory of the cache (default: ``$XDG_CACHE_HOME/lowkernels`` or
@@ -62,7 +62,7 @@ class BuildError(RuntimeError):
 
 def sources() -> Path:
     """The folder of the C++ sources: in the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "csrc" / "cpu", package.parent / "csrc" / "cpu"):
         if (folder / "kernels.cpp").is_file():
             return folder
@@ -203,7 +203,7 @@ def unusable() -> str | None:
     try:
         if built() is None:
             if os.environ.get(JIT_VARIABLE) == "0":
-                return f"the CPU kernels are not built, and {JIT_VARIABLE}=0 forbids building them (python -m lowkernels.cpu.build)"
+                return f"the CPU kernels are not built, and {JIT_VARIABLE}=0 forbids building them on first use (lowkernels build)"
             if compiler() is None:
                 return f"the CPU kernels are not built, and there is no compiler: {os.environ.get('CXX') or 'g++'} is not on PATH"
     except BuildError as error:
@@ -232,7 +232,7 @@ def _load() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: build ahead of time."""
-    parser = argparse.ArgumentParser(prog="python -m lowkernels.cpu.build", description="Build the native CPU kernels.")
+    parser = argparse.ArgumentParser(prog="python -m lowkernels.backends.cpu.build", description="Build the native CPU kernels.")
     parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
     folder = parser.parse_args(arguments).output
     try:

@@ -43,7 +43,7 @@ class Launch:
         grid: programs along each axis.
         args: its run-time arguments, in order.
         constants: its compile-time arguments.
-        config: what :func:`~lowkernels._triton.configs.choose` gave.
+        config: what :func:`~lowkernels.backends.triton.configs.choose` gave.
     """
 
     kernel: Any

@@ -10,7 +10,7 @@ import torch
 
 from lowformer.config import BLOCK_EXPANSION, FUSED_BELOW, VARIANTS, VariantConfig
 
-from ..testing import Call, random_call
+from ...testing import Call, random_call
 
 # Hashable: an operator's name and the options of random_call, sorted.
 Layer = tuple[str, tuple[tuple[str, Any], ...]]
@@ -42,9 +42,7 @@ def _variant(config: VariantConfig, size: int) -> Iterator[Layer]:
         if config.attention:
             heads = max(1, width // 60)
             attention = {"stride": 2, "kernel_size": 5} if stage == 3 else {}
-            yield _layer(
-                "lowtention", width, size, num_heads=heads, head_dim=width // heads // 2, norm=config.mlp, **attention
-            )
+            yield _layer("lowtention", width, size, num_heads=heads, head_dim=width // heads // 2, norm=config.mlp, **attention)
         if config.mlp:
             yield _layer("gn_mlp", width, size, hidden=BLOCK_EXPANSION * width)
         if width < FUSED_BELOW:
