@@ -153,6 +153,7 @@ def _enter(subject: Subject, contender: Contender, row: Row, truth: Truth, found
         _fail(row, error)
         return []
     row.served = None if built.served is None else built.served()
+    row.modules = None if built.modules is None else built.modules()
     entries = [Entry(row, [_call(built.run, x) for x in prepared], built)]
     if subject.device == "cuda" and built.graph:
         graph_row = row_of(subject, contender)

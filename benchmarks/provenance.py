@@ -37,8 +37,12 @@ def commit() -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The command line that repeats a run, without the folder of its results, which is of this machine."""
+    """The command line that repeats a run, without the folder of its results, which is of this machine. A stage of a longer run
+    is repeated with all of it."""
     rest = list(arguments)
+    if rest[:1] == ["stage"]:
+        rest[:2] = ["gpu"]
+        del rest[rest.index("--seconds") : rest.index("--seconds") + 2]
     while "--out" in rest:
         del rest[rest.index("--out") : rest.index("--out") + 2]
     return shlex.join(["python", "-m", "benchmarks", *rest])

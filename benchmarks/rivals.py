@@ -42,6 +42,7 @@ class Built:
         graph: a CUDA graph can be captured of ``run``.
         pytorch: memory and operators of a call go through PyTorch, and can be counted.
         served: how often each backend serves in one forward pass; None for rivals.
+        modules: what became of each module of a model of ours, as rows have it; None for all others.
     """
 
     run: Callable[[Any], Any]
@@ -50,6 +51,7 @@ class Built:
     graph: bool = True
     pytorch: bool = True
     served: Callable[[], dict[str, int]] | None = None
+    modules: Callable[[], list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,24 @@ def _import_timm() -> Any:
 
 def _ours(subject: Subject, backend: str) -> Built:
     run, served = subject.ours(backend)
-    return Built(run, channels_last, served=served)
+    modules = functools.partial(outcomes, run) if isinstance(run, nn.Module) else None
+    return Built(run, channels_last, served=served, modules=modules)
+
+
+def outcomes(network: nn.Module) -> list[dict[str, Any]]:
+    """What :func:`lowkernels.report` says about a model after a forward pass, modules with the same outcome together."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in lowkernels.report(network):
+        found.setdefault((row.kind, row.replaced, row.ran_on, row.reason), []).append(row.name)
+    names = ("kind", "replaced", "ran_on", "reason")
+    return [{**dict(zip(names, outcome, strict=True)), "names": modules} for outcome, modules in found.items()]
 
 
 def _accelerated(subject: Subject) -> Built:
     network = _timm_network(subject)
     lowkernels.accelerate(network)
-    return Built(network, channels_last, served=lambda: served_by(network))
+    served, modules = (functools.partial(f, network) for f in (served_by, outcomes))
+    return Built(network, channels_last, served=served, modules=modules)
 
 
 def _missing(*modules: str, extra: str) -> str | None:

@@ -1,7 +1,8 @@
 """Results files: JSON lines, one fact a line.
 
-The first line of a file has ``kind`` ``"run"`` and says where the numbers come from; ``"ceiling"`` lines are the device's measured
-rates; all others are one contender on one subject each (:class:`Row`).
+The first line of a file has ``kind`` ``"run"`` and says where the numbers below it come from, until the next such line: a run
+that differs from the one before it in command, commit, versions or machine adds its own. ``"ceiling"`` lines are the device's
+measured rates; ``"op"`` and ``"model"`` lines one contender on one subject each (:class:`Row`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class Row:
         peak_memory_mb: most memory a call took beyond what was there before it, in 1e6 bytes.
         launches: kernels launched by one call (CUDA), or operators dispatched (CPU).
         served: how often each backend of this library served in one forward pass.
+        modules: of a model of ours, what :func:`lowkernels.report` says after that forward pass: a dict for every different outcome,
+            with the ``names`` of its modules, their ``kind``, whether they were ``replaced``, the backend they ``ran_on``, the
+            ``reason``.
         turns, dropped, disturbed: turns that count, turns dropped as disturbed, and whether too few were left, so that the
             disturbed ones count too.
         build_s: seconds to build the contender, compilation and export included.
@@ -74,6 +78,7 @@ class Row:
     peak_memory_mb: float | None = None
     launches: int | None = None
     served: dict[str, int] | None = None
+    modules: list[dict[str, Any]] | None = None
     turns: int = 0
     dropped: int = 0
     disturbed: bool = False
@@ -112,12 +117,29 @@ def _ratio(other: Row | None, row: Row) -> float | None:
 
 @dataclass
 class Results:
-    """One results file in memory."""
+    """Results files of one device in memory.
 
-    run: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        runs: where the numbers come from: one fact for every command, commit, set of versions and machine.
+        ceilings: measured rates of the device.
+        rows: one contender on one subject each.
+        other: facts of all other kinds.
+    """
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
     ceilings: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     other: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Where the first numbers come from; empty if the files do not say."""
+        return self.runs[0] if self.runs else {}
+
+    @property
+    def device(self) -> str:
+        """``"gpu"`` or ``"cpu"``."""
+        return "gpu" if self.run.get("device") == "cuda" else "cpu"
 
     def groups(self) -> dict[tuple[str, str, int, int, str], list[Row]]:
         """Rows by what was measured together, in the order of the file.
@@ -140,13 +162,23 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text).strip("_")
 
 
+def device_slug(run: dict[str, Any]) -> str:
+    """The device as folders and files are named after it; a CPU with the number of threads."""
+    return slug(run["device_name"]) + (f"_{run['threads']}t" if run["device"] == "cpu" else "")
+
+
 def file_name(suite: str, dtypes: Iterable[str], run: dict[str, Any]) -> str:
     """The name of a results file: suite, precision, layout, versions and device, as timm's results files have them."""
     precision = "+".join(SHORT_DTYPES.get(d, d) for d in dtypes)
     torch_version = "pt" + "".join(run["versions"]["torch"].split("+")[0].split(".")[:2])
     platform = f"cu{str(run['cuda']).replace('.', '')}" if run.get("cuda") else "cpu"
-    device = slug(run["device_name"]) + (f"_{run['threads']}t" if run["device"] == "cpu" else "")
-    return "-".join(["benchmark", suite, precision, "nhwc", torch_version, platform, device]) + ".jsonl"
+    return "-".join(["benchmark", suite, precision, "nhwc", torch_version, platform, device_slug(run)]) + ".jsonl"
+
+
+def same_origin(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs differ in nothing but when they were and what else the machine did then."""
+    changing = ("date", "load_average")
+    return {k: v for k, v in run.items() if k not in changing} == {k: v for k, v in other.items() if k not in changing}
 
 
 class Writer:
@@ -174,7 +206,7 @@ def _plain(fact: dict[str, Any] | Row) -> dict[str, Any]:
 
 
 def read(*paths: Path) -> Results:
-    """Read results files of one run into one.
+    """Read results files of one device into one.
 
     Raises:
         ValueError: a line is no fact of a results file.
@@ -183,10 +215,14 @@ def read(*paths: Path) -> Results:
     known = {f.name for f in fields(Row)}
     for path in paths:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            fact = json.loads(line)
-            kind = fact.get("kind")
+            try:
+                fact = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            kind = fact.get("kind") if isinstance(fact, dict) else None
             if kind == "run":
-                results.run = results.run or fact
+                if not any(same_origin(fact, run) for run in results.runs):
+                    results.runs.append(fact)
             elif kind == "ceiling":
                 results.ceilings.append(fact)
             elif kind in ("op", "model"):

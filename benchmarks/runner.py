@@ -39,10 +39,10 @@ def session_for(
 
 
 def results_file(out: Path, suite: str, dtypes: Sequence[str], session: Session) -> Path:
-    """The file a suite writes to; begun with its provenance if it is new."""
+    """The file a suite writes to, with the provenance of what this process will add to it."""
     run = provenance.describe(session.device, session.clock.source)
     path = out / rows.file_name(suite, dtypes, run)
-    if not path.exists():
+    if not path.exists() or not rows.same_origin(run, rows.read(path).runs[-1]):
         writer = rows.Writer(path)
         writer.write(run)
         writer.close()

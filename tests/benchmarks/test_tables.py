@@ -199,9 +199,9 @@ def test_documents_are_filled_between_markers_only(tmp_path: Path) -> None:
 
 
 def test_a_place_without_a_device_has_all_there_are() -> None:
-    results = rows.Results(run=RUN, rows=group())
+    results = rows.Results(runs=[RUN], rows=group())
     text = "<!-- benchmarks:headline:start -->\n<!-- benchmarks:headline:end -->"
-    found = render.filled(text, {"cpu": results, "gpu": rows.Results(run=RUN)})
+    found = render.filled(text, {"cpu": results, "gpu": rows.Results(runs=[RUN])})
     assert "lowformer_b1, 224 px, batch 4, fp32:" in found
     assert "| **lowkernels, auto** | 4.00 ±10 % | 1,000 | 5.00x | 1.25x | 25 % |" in found
     assert "Measured on Some(R)" in found
