@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .rows import Results, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-HEADLINE_MODEL, HEADLINE_SIZE = "lowformer_b1", 224
+HEADLINE_CONTENDER = "lowkernels, auto"
 
 _MARKERS = re.compile(r"(<!-- benchmarks:([a-z0-9-]+):start -->\n)(.*?)(<!-- benchmarks:\2:end -->)", re.DOTALL)
 _DASH = "–"
@@ -134,7 +135,7 @@ def best_of(group: Sequence[Row], ours: bool) -> Row | None:
 
 
 def overview(groups: Iterable[Sequence[Row]]) -> str:
-    """One line a subject: the fastest rival against the fastest of ours, and what was wrong."""
+    """One line a subject: the fastest of ours against the fastest rival, and what was wrong."""
     header = (
         "subject",
         "eager ms",
@@ -147,7 +148,7 @@ def overview(groups: Iterable[Sequence[Row]]) -> str:
         "of floor",
         "sat out or wrong",
     )
-    body, gains = [], []
+    body, gains, verdicts = [], [], []
     for group in groups:
         rival, our = best_of(group, False), best_of(group, True)
         eager = next((r for r in group if r.contender == "eager" and not r.graph), None)
@@ -162,45 +163,79 @@ def overview(groups: Iterable[Sequence[Row]]) -> str:
                 _DASH if our is None else spread(our),
                 _DASH if our is None else number(our.images_per_s),
                 _DASH if our is None else ratio(our.to_eager),
-                _DASH if our is None else ratio(our.to_fastest_rival),
+                against(our, rival),
                 _DASH if our is None else percent(our.share_of_floor),
                 "; ".join(([f"{missing} sat out"] if missing else []) + bad) or _DASH,
             )
         )
+        verdicts.append(verdict(our, rival))
         if our is not None and our.to_fastest_rival is not None:
             gains.append(our.to_fastest_rival)
-    return table(header, body) + ("\n\n" + tally(gains) if gains else "")
+    return table(header, body) + "\n\n" + tally(verdicts, gains)
 
 
-def tally(gains: Sequence[float]) -> str:
-    """How often ours was faster than the fastest rival, and by how much over all."""
-    mean = math.exp(sum(math.log(g) for g in gains) / len(gains))
-    wins = sum(g > 1 for g in gains)
-    return f"Faster than the fastest rival on {wins} of {len(gains)}; geometric mean {mean:.2f}x of its speed."
+def tally(verdicts: Sequence[str | None], gains: Sequence[float] = ()) -> str:
+    """How often ours was faster and slower than the fastest rival, and by how much over all."""
+    parts = [f"{verdicts.count(v)} {v}" for v in (FASTER, EVEN, SLOWER)]
+    unsaid = verdicts.count(None)
+    if unsaid:
+        parts.append(f"{unsaid} disturbed, so without a verdict")
+    mean = f"; geometric mean {math.exp(statistics.fmean(math.log(g) for g in gains)):.2f}x of its speed" if gains else ""
+    return f"Against the fastest rival, of {len(verdicts)}: {', '.join(parts)}{mean}."
+
+
+FASTER, SLOWER, EVEN = "faster", "slower", "even"
+
+
+def verdict(our: Row | None, rival: Row | None) -> str | None:
+    """Ours against a rival: ``"faster"`` or ``"slower"`` if the middle halves of their turns do not overlap, else ``"even"``; None
+    where a time is missing or was disturbed."""
+    if our is None or rival is None or our.disturbed or rival.disturbed:
+        return None
+    if our.ms_high is None or our.ms_low is None or rival.ms_low is None or rival.ms_high is None:
+        return None
+    return FASTER if our.ms_high < rival.ms_low else SLOWER if our.ms_low > rival.ms_high else EVEN
+
+
+def against(our: Row | None, rival: Row | None) -> str:
+    """Ours against the fastest rival in a cell: the ratio of the speeds, and the verdict in a word."""
+    found = verdict(our, rival)
+    return _DASH if our is None or found is None else f"{ratio(our.to_fastest_rival)} {found}"
+
+
+def device_title(run: dict[str, Any]) -> str:
+    """The device and what belongs to its name."""
+    if run["device"] != "cpu":
+        return f"{run['device_name']}, CUDA {run['cuda']}, driver {run['driver']}"
+    flags = (run.get("cpu") or {}).get("flags")
+    return f"{run['device_name']}, {run['threads']} threads{' (' + ' '.join(flags) + ')' if flags else ''}"
+
+
+def commit_title(run: dict[str, Any]) -> str:
+    if run.get("commit") is None:
+        return "no checkout"
+    return f"commit {run['commit'][:12]}" + (" with uncommitted changes" if run.get("dirty") else "")
 
 
 def provenance(results: Results) -> str:
     """Where the numbers come from, in a paragraph, and the ceilings."""
     run = results.run
-    commit = run.get("commit")
-    state = "no checkout" if commit is None else commit[:12] + (" with uncommitted changes" if run.get("dirty") else "")
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    where = (
-        f"{run['device_name']}, {run['threads']} threads"
-        if run["device"] == "cpu"
-        else (f"{run['device_name']}, CUDA {run['cuda']}, driver {run['driver']}")
-    )
     ceilings = "; ".join(_ceilings(results.ceilings))
-    dropped = sum(r.dropped for r in results.rows)
-    kept = sum(r.turns for r in results.rows)
-    flags = (run.get("cpu") or {}).get("flags")
+    kept, dropped = turns(results.rows)
     lines = [
-        f"Measured on {where}{' (' + ' '.join(flags) + ')' if flags else ''}, {run['date']}, commit {state}.",
-        f"Command: `{run['command']}`. Versions: {versions}.",
+        f"Measured on {device_title(run)}. Versions: {versions}.",
+        *(f"`{r['command']}`, {r['date']}, {commit_title(r)}." for r in results.runs),
         f"Ceilings measured in the same run: {ceilings}." if ceilings else "",
         f"Turns: {kept} counted, {dropped} dropped as disturbed, seen by {run['disturbance_seen_by']}.",
     ]
-    return "\n".join(line for line in lines if line)
+    return "  \n".join(line for line in lines if line)
+
+
+def turns(found: Iterable[Row]) -> tuple[int, int]:
+    """Turns that were counted, and turns dropped as disturbed."""
+    timed = [r for r in found if r.ms is not None]
+    return sum(r.turns for r in timed), sum(r.dropped for r in timed)
 
 
 def _ceilings(facts: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -227,30 +262,38 @@ def ops_overview(results: Results) -> str:
     return overview(g for g in results.groups().values() if g[0].kind == "op")
 
 
+def comparable(results: Results) -> list[list[Row]]:
+    """Measurements of models in which no strong rival was left out: one that is the fastest rival in any of them."""
+    groups = [g for g in results.groups().values() if g[0].kind == "model"]
+    strong = {rival.contender for rival in (best_of(g, ours=False) for g in groups) if rival is not None}
+    return [g for g in groups if not any(r.status == rows.LEFT_OUT and r.contender in strong for r in g)]
+
+
 def headline(results: Results) -> str:
-    """The headline model at the image size it is known by: every contender's time and ratios, and where they come from."""
-    groups = [
-        g for g in results.groups().values() if (g[0].kind, g[0].subject, g[0].size) == ("model", HEADLINE_MODEL, HEADLINE_SIZE)
-    ]
-    if not groups:
-        return f"{HEADLINE_MODEL} was not measured."
-    header = ("contender", "ms per batch", "images/s", "over eager", "over fastest rival", "of floor")
-    parts = []
-    for group in groups:
-        timed = sorted((r for r in group if r.ms is not None), key=lambda r: r.ms or 0.0)
-        body = [
-            (
-                f"**{r.label}**" if r.ours else r.label,
-                spread(r),
-                number(r.images_per_s),
-                ratio(r.to_eager),
-                ratio(r.to_fastest_rival),
-                percent(r.share_of_floor),
-            )
-            for r in timed
+    """One line a model, batch and dtype: the library as a user gets it against the fastest rival."""
+    body = []
+    verdicts = []
+    for group in comparable(results):
+        # What a user gets, not the best of several: the fastest of ours may be another one.
+        our = next((r for r in group if r.contender == HEADLINE_CONTENDER and not r.graph and r.ms is not None), None)
+        rival = best_of(group, ours=False)
+        eager = next((r for r in group if r.contender == "eager" and not r.graph), None)
+        if our is None or rival is None:
+            continue
+        verdicts.append(verdict(our, rival))
+        times = (f"**{spread(our)}**", f"{rival.label} {spread(rival)}", _DASH if eager is None else spread(eager))
+        body.append((title(group[0]), *times, against(our, rival)))
+    if not body:
+        return "No model was measured with every strong rival."
+    run = results.run
+    header = ("ms per batch", "lowkernels", "fastest rival", "eager", "over fastest rival")
+    return "\n\n".join(
+        [
+            table(header, body),
+            f"{tally(verdicts)} Measured on {device_title({**run, 'cpu': None})}, {run['date'][:10]}, {commit_title(run)}: "
+            f"`{run['command']}`.",
         ]
-        parts += [f"{title(group[0])}:", table(header, body), *notes(group)]
-    return "\n\n".join([*parts, provenance(results)])
+    )
 
 
 def details(results: Results) -> str:
@@ -304,38 +347,37 @@ PLACES: dict[str, Callable[[Results], str]] = {
     "ops": ops_overview,
     "details": details,
 }
-"""What can stand in a document, under the name ``<device>-<place>``, device being ``cpu`` or ``gpu``; a place without a device is
-filled for every device there are results of."""
+"""What can stand in a document, under the name ``<kind>-<place>``, the kind of device being ``cpu`` or ``gpu``; a place without a
+kind is filled for every device there are results of."""
 DEVICES = ("cpu", "gpu")
 
 
 def committed(folder: Path = RESULTS) -> dict[str, Results]:
-    """The results of a folder by device, ``cpu`` and ``gpu``, as far as there are any."""
-    by_device: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        device = "gpu" if rows.read(path).run.get("device") == "cuda" else "cpu"
-        by_device.setdefault(device, []).append(path)
-    return {device: rows.read(*paths) for device, paths in by_device.items()}
+    """The results of every device, by the name of its folder."""
+    found = {path.name: sorted(path.glob("*.jsonl")) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {name: rows.read(*paths) for name, paths in found.items() if paths}
 
 
-def filled(text: str, results: dict[str, Results]) -> str:
+def filled(text: str, results: Iterable[Results]) -> str:
     """A document with every marked place written anew.
 
     Raises:
         ValueError: a place has an unknown name.
     """
+    measured = list(results)
 
     def fill(match: re.Match[str]) -> str:
         first, _, rest = match[2].partition("-")
-        devices, place = ((first,), rest) if first in DEVICES else (tuple(results) or DEVICES, match[2])
+        kind, place = (first, rest) if first in DEVICES else (None, match[2])
         if place not in PLACES:
             allowed = ", ".join((*PLACES, *(f"{d}-{p}" for d in DEVICES for p in PLACES)))
             raise ValueError(f"unknown place benchmarks:{match[2]}; allowed are {allowed}")
-        parts = [
-            PLACES[place](results[device]) if device in results else f"Not measured yet on a {device.upper()}."
-            for device in devices
-        ]
-        return "\n\n".join((match[1].rstrip("\n"), *parts, match[4]))
+        wanted = [r for r in measured if kind in (None, r.device)]
+        parts = [PLACES[place](r) for r in wanted]
+        if len(wanted) > 1 and place not in ("provenance", "headline"):
+            parts = [f"On {device_title(r.run)}:\n\n{part}" for r, part in zip(wanted, parts, strict=True)]
+        nothing = "Not measured yet" + (f" on a {kind.upper()}." if kind else ".")
+        return "\n\n".join((match[1].rstrip("\n"), *(parts or [nothing]), match[4]))
 
     return _MARKERS.sub(fill, text)
 
@@ -345,13 +387,13 @@ def render(documents: Iterable[Path] = DOCUMENTS, folder: Path = RESULTS, check:
 
     Args:
         documents: Markdown files; missing ones are passed over.
-        folder: of the results files.
+        folder: of the results, with a folder for each device.
         check: change nothing.
 
     Returns:
         The documents that were out of date.
     """
-    results = committed(folder)
+    results = committed(folder).values()
     stale = []
     for path in documents:
         if path.exists():

@@ -42,7 +42,8 @@ def results_file(out: Path, suite: str, dtypes: Sequence[str], session: Session)
     """The file a suite writes to, with the provenance of what this process will add to it."""
     run = provenance.describe(session.device, session.clock.source)
     path = out / rows.file_name(suite, dtypes, run)
-    if not path.exists() or not rows.same_origin(run, rows.read(path).runs[-1]):
+    known = rows.read(path).runs if path.exists() else []
+    if not known or not rows.same_origin(run, known[-1]):
         writer = rows.Writer(path)
         writer.write(run)
         writer.close()

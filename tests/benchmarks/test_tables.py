@@ -113,13 +113,41 @@ def test_overview_names_fastest_rival_and_what_went_wrong() -> None:
     cells = [c.strip() for c in text.splitlines()[2].split("|")[1:-1]]
     assert cells[0] == "lowformer_b1, 224 px, batch 4, fp32"
     assert cells[2:4] == ["OpenVINO", "5.00 ±10 %"]
-    assert cells[6:8] == ["5.00x", "1.25x"]
+    assert cells[6:8] == ["5.00x", "1.25x faster"]
     assert cells[-1] == "2 sat out; fast but wrong; TorchScript"
-    assert "Faster than the fastest rival on 1 of 1; geometric mean 1.25x" in text
+    assert "Against the fastest rival, of 1: 1 faster, 0 even, 0 slower; geometric mean 1.25x of its speed." in text
 
 
 def test_tally_counts_losses() -> None:
-    assert render.tally([2.0, 0.5]) == "Faster than the fastest rival on 1 of 2; geometric mean 1.00x of its speed."
+    text = render.tally([render.FASTER, render.SLOWER, render.SLOWER, None], [2.0, 0.25])
+    counts = "1 faster, 0 even, 2 slower, 1 disturbed, so without a verdict"
+    assert text == f"Against the fastest rival, of 4: {counts}; geometric mean 0.71x of its speed."
+
+
+@pytest.mark.parametrize(("ms", "found"), [(8.1, "faster"), (8.3, "even"), (12.1, "even"), (12.3, "slower")])
+def test_only_spreads_that_do_not_overlap_make_a_verdict(ms: float, found: str) -> None:
+    """The rival's middle half is 9 to 11 ms, ours goes 10 % to either side."""
+    assert render.verdict(row("lowkernels, auto", ms), row("OpenVINO", 10.0)) == found
+    assert render.verdict(row("lowkernels, auto", ms, disturbed=True), row("OpenVINO", 10.0)) is None
+
+
+def test_the_headline_leaves_out_what_a_strong_rival_had_no_part_in() -> None:
+    def case(size: int, *found: Row) -> list[Row]:
+        for r in found:
+            r.size = size
+        rows.fill_ratios(found)
+        return list(found)
+
+    strong = case(224, row("eager", 20.0), row("OpenVINO", 5.0), row("lowkernels, auto", 8.0), row("lowkernels, eager", 7.0))
+    weak = case(512, row("eager", 20.0), row("OpenVINO", status=rows.LEFT_OUT, reason="left out"), row("lowkernels, auto", 8.0))
+    broken = case(64, row("eager", 20.0), row("OpenVINO", status=rows.FAILED, reason="it raised"), row("lowkernels, auto", 8.0))
+    text = render.headline(rows.Results(runs=[RUN], rows=[*strong, *weak, *broken]))
+    body = [line for line in text.splitlines() if line.startswith("| lowformer")]
+    assert body == [
+        "| lowformer_b1, 224 px, batch 4, fp32 | **8.00 ±10 %** | OpenVINO 5.00 ±10 % | 20.0 ±10 % | 0.62x slower |",
+        "| lowformer_b1, 64 px, batch 4, fp32 | **8.00 ±10 %** | eager 20.0 ±10 % | 20.0 ±10 % | 2.50x faster |",
+    ]
+    assert "of 2: 1 faster, 0 even, 1 slower. Measured on Some(R) Processor 9 16-Core, 2 threads, 2026-01-02" in text
 
 
 def test_disturbed_times_are_marked() -> None:
@@ -144,7 +172,9 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert found.run == RUN
     assert [r.label for r in found.rows] == [r.label for r in group()]
     assert found.rows[0].ms == 20.0
-    assert "Measured on Some(R) Processor 9 16-Core, 2 threads, 2026-01-02 03:04 UTC, commit 0123456789ab." in render.report(found)
+    report = render.report(found)
+    assert "Measured on Some(R) Processor 9 16-Core, 2 threads. Versions: python 3.12.1, torch 2.13.0+cpu." in report
+    assert "`python -m benchmarks models`, 2026-01-02 03:04 UTC, commit 0123456789ab." in report
 
 
 def test_unknown_lines_are_refused(tmp_path: Path) -> None:
@@ -178,7 +208,7 @@ def test_a_subject_measured_again_replaces_the_first_measurement() -> None:
 
 def test_documents_are_filled_between_markers_only(tmp_path: Path) -> None:
     results = tmp_path / "results"
-    writer = rows.Writer(results / "benchmark-models.jsonl")
+    writer = rows.Writer(results / "some_9_2t" / "benchmark-models.jsonl")
     writer.write(RUN, *group())
     writer.close()
     document = tmp_path / "README.md"
@@ -198,20 +228,23 @@ def test_documents_are_filled_between_markers_only(tmp_path: Path) -> None:
     assert render.render([document, tmp_path / "missing.md"], results) == []
 
 
-def test_a_place_without_a_device_has_all_there_are() -> None:
-    results = rows.Results(runs=[RUN], rows=group())
+def test_a_place_without_a_kind_has_every_device() -> None:
+    results = [rows.Results(runs=[RUN], rows=group()), rows.Results(runs=[{**RUN, "device_name": "Other"}])]
     text = "<!-- benchmarks:headline:start -->\n<!-- benchmarks:headline:end -->"
-    found = render.filled(text, {"cpu": results, "gpu": rows.Results(runs=[RUN])})
-    assert "lowformer_b1, 224 px, batch 4, fp32:" in found
-    assert "| **lowkernels, auto** | 4.00 ±10 % | 1,000 | 5.00x | 1.25x | 25 % |" in found
+    found = render.filled(text, results)
+    assert "| lowformer_b1, 224 px, batch 4, fp32 | **4.00 ±10 %** | OpenVINO 5.00 ±10 % | 20.0 ±10 % | 1.25x faster |" in found
     assert "Measured on Some(R)" in found
-    assert "lowformer_b1 was not measured." in found
-    assert "Not measured yet on a GPU." in render.filled(text, {})
+    assert "No model was measured with every strong rival." in found
+    assert "Not measured yet." in render.filled(text, [])
+    # Tables of several devices of a kind tell whose they are.
+    found = render.filled(text.replace("headline", "cpu-models"), results)
+    assert "On Some(R) Processor 9 16-Core, 2 threads:" in found
+    assert "On Other, 2 threads:" in found
 
 
 def test_unknown_places_are_refused() -> None:
     with pytest.raises(ValueError, match="cpu-surprise; allowed are provenance"):
-        render.filled("<!-- benchmarks:cpu-surprise:start -->\n<!-- benchmarks:cpu-surprise:end -->", {})
+        render.filled("<!-- benchmarks:cpu-surprise:start -->\n<!-- benchmarks:cpu-surprise:end -->", [])
 
 
 def test_documents_are_up_to_date_with_the_committed_rows() -> None:
