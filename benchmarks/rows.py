@@ -2,7 +2,8 @@
 
 The first line of a file has ``kind`` ``"run"`` and says where the numbers below it come from, until the next such line: a run
 that differs from the one before it in command, commit, versions or machine adds its own. ``"ceiling"`` lines are the device's
-measured rates; ``"op"`` and ``"model"`` lines one contender on one subject each (:class:`Row`).
+measured rates; ``"op"`` and ``"model"`` lines one contender on one subject each (:class:`Row`). A ``"run"`` line with an
+``experiment`` begins rows of that experiment, which are kept apart from all others.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Row:
     Attributes:
         kind, subject, size, batch, dtype: of the subject; rows that agree in these were measured together.
         operator: of an operator subject.
+        point: where in an experiment the subject stands.
         contender: its name; ``graph`` tells whether it was replayed from a CUDA graph.
         ours: it is this library.
         status: ``"ok"``; ``"wrong"``: outside its error budget, so that it has no times; ``"failed"``: it raised; ``"absent"``: it
@@ -57,6 +59,7 @@ class Row:
     dtype: str
     contender: str
     operator: str | None = None
+    point: dict[str, Any] | None = None
     ours: bool = False
     graph: bool = False
     status: str = OK
@@ -124,12 +127,14 @@ class Results:
         ceilings: measured rates of the device.
         rows: one contender on one subject each.
         other: facts of all other kinds.
+        experiments: the same of each experiment, by its name.
     """
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     ceilings: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     other: list[dict[str, Any]] = field(default_factory=list)
+    experiments: dict[str, Results] = field(default_factory=dict)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -214,6 +219,7 @@ def read(*paths: Path) -> Results:
     results = Results()
     known = {f.name for f in fields(Row)}
     for path in paths:
+        into = results
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 fact = json.loads(line)
@@ -221,17 +227,19 @@ def read(*paths: Path) -> Results:
                 raise ValueError(f"{path}, line {number}: {error}") from None
             kind = fact.get("kind") if isinstance(fact, dict) else None
             if kind == "run":
-                if not any(same_origin(fact, run) for run in results.runs):
-                    results.runs.append(fact)
+                name = fact.get("experiment")
+                into = results if name is None else results.experiments.setdefault(name, Results())
+                if not any(same_origin(fact, run) for run in into.runs):
+                    into.runs.append(fact)
             elif kind == "ceiling":
-                results.ceilings.append(fact)
+                into.ceilings.append(fact)
             elif kind in ("op", "model"):
                 unknown = set(fact) - known
                 if unknown or fact.get("status") not in STATUSES:
                     raise ValueError(f"{path}, line {number}: unknown fields {sorted(unknown)} or status {fact.get('status')!r}")
-                results.rows.append(Row(**fact))
+                into.rows.append(Row(**fact))
             elif isinstance(kind, str):
-                results.other.append(fact)
+                into.other.append(fact)
             else:
                 raise ValueError(f"{path}, line {number}: has no kind")
     return results

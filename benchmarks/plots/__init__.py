@@ -1,0 +1,91 @@
+"""Pictures of results. They are drawn from rows alone: nothing is measured here, and what a computation costs is counted.
+
+:data:`PLOTS` has every picture; :func:`figures` draws those that results have the rows for.
+
+    for picture, figure in figures(rows.read(*paths)):
+        page += f"<figure>{svg(figure, 'css')}<figcaption>{picture.about}</figcaption></figure>"
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..rows import Results
+from .style import sheet, svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PLOTS", "Missing", "Picture", "figures", "source", "svg"]
+
+
+class Missing(ValueError):
+    """The results have no rows for a picture; the message says which."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One kind of picture.
+
+    Attributes:
+        name: of its module here, and of its files.
+        title: in a few words.
+        about: what is to be seen in it: its caption, and its text for those who do not see it.
+        experiment: the experiment whose rows it is drawn from; None for the rows of ``models`` and ``ops``.
+    """
+
+    name: str
+    title: str
+    about: str
+    experiment: str | None = None
+
+    def __call__(self, results: Results) -> Figure:
+        """Draw it.
+
+        Args:
+            results: of one device; of the experiment, for a picture of one.
+
+        Raises:
+            Missing: the rows that it needs are not there.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        with sheet():
+            draw: Callable[[Results], Figure] = importlib.import_module(f"{__name__}.{self.name}").draw
+            return draw(results)
+
+
+PLOTS: dict[str, Picture] = {
+    p.name: p
+    for p in (
+        Picture(
+            "layers",
+            "Speed-up of every layer",
+            "For each layer of the model, how many times longer every rival takes than this library. "
+            "To the left of the line marked lowkernels, the rival is faster.",
+        ),
+    )
+}
+
+
+def source(results: Results) -> str:
+    """Where the rows come from, in a line."""
+    run = results.run
+    device = f"{run['device_name']}, {run['threads']} threads" if run["device"] == "cpu" else str(run["device_name"])
+    commit = run.get("commit")
+    state = "no checkout" if commit is None else f"commit {commit[:12]}" + (", changed" if run.get("dirty") else "")
+    return f"{device} · PyTorch {run['versions']['torch']} · {run['date'][:10]} · {state}"
+
+
+def figures(results: Results) -> Iterator[tuple[Picture, Figure]]:
+    """Every picture that the results of a device, its experiments included, have the rows for."""
+    for picture in PLOTS.values():
+        part = results if picture.experiment is None else results.experiments.get(picture.experiment)
+        if part is not None:
+            try:
+                figure = picture(part)
+            except Missing:
+                continue
+            yield picture, figure
