@@ -14,11 +14,11 @@ struct bf16 {
 enum Activation : int { NONE, RELU, RELU6, HARDSWISH, SILU, GELU, GELU_TANH };
 
 // A dense k x k convolution, packed in panels of output channels: [panel][k * k * in][panel width].
-// `winograd` is null, or the F(2x2, 3x3) transform of the same weights: [panel][16][in][panel width].
+// `winograd` is null, or, instead of `weight`, the F(2x2, 3x3) transform of it: [panel][16][in][panel width].
 // Biases are padded with zeros to whole panels.
 struct Conv {
     const void* weight;
-    const float* winograd;
+    const void* winograd;
     const float* bias;
     i64 k, in, out;
 };

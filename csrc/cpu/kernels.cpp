@@ -48,8 +48,9 @@ WinogradBlock winograd_block(const Images& images, i64 padding, i64 channels, i6
 }
 
 // Rows a block of a Winograd convolution may have: its transformed input stays in the cache.
+template <class A>
 Blocks winograd_blocks(const Images& images, const Conv& conv, i64 threads) {
-    const i64 row = 16 * divide_up(images.w_out, 2) * conv.in * i64(sizeof(float)) / 2;
+    const i64 row = 16 * divide_up(images.w_out, 2) * conv.in * i64(sizeof(A)) / 2;
     Blocks blocks(images.h_out, row, CACHE + CACHE / 4, images.n, threads);
     blocks.rows = round_up(blocks.rows, 2);
     blocks.count = divide_up(images.h_out, blocks.rows);
@@ -95,21 +96,19 @@ void conv_act(const ConvAct& call, const Context& context) {
         return;
     }
 
-    if constexpr (same<A, float>) {
-        if (conv.winograd) {
-            const Blocks blocks = winograd_blocks(im, conv, context.threads);
-            const WinogradBlock largest = winograd_block(im, call.padding, channels, 0, blocks.rows);
-            parallel(context, im.n * blocks.count, 0, largest.transformed_floats() * 4, largest.product_floats() * 4, nothing,
-                     [&](Team& team, char*, i64 item) {
-                         const i64 image = item / blocks.count, y0 = blocks.begin(item % blocks.count), y1 = blocks.end(item % blocks.count);
-                         const T* x = static_cast<const T*>(im.x) + image * im.h * im.w * channels;
-                         const i64 at = (image * pixels + y0 * im.w_out) * conv.out;
-                         winograd(team, x, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
-                                  Target<T>{out + at, residual ? residual + at : nullptr, conv.out, im.w_out * conv.out, conv.out},
-                                  reinterpret_cast<float*>(team.item), reinterpret_cast<float*>(team.own));
-                     });
-            return;
-        }
+    if (conv.winograd) {
+        const Blocks blocks = winograd_blocks<A>(im, conv, context.threads);
+        const WinogradBlock largest = winograd_block(im, call.padding, channels, 0, blocks.rows);
+        parallel(context, im.n * blocks.count, 0, largest.transformed_elements() * i64(sizeof(A)), largest.product_floats() * 4, nothing,
+                 [&](Team& team, char*, i64 item) {
+                     const i64 image = item / blocks.count, y0 = blocks.begin(item % blocks.count), y1 = blocks.end(item % blocks.count);
+                     const T* x = static_cast<const T*>(im.x) + image * im.h * im.w * channels;
+                     const i64 at = (image * pixels + y0 * im.w_out) * conv.out;
+                     winograd(team, x, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
+                              Target<T>{out + at, residual ? residual + at : nullptr, conv.out, im.w_out * conv.out, conv.out},
+                              reinterpret_cast<A*>(team.item), reinterpret_cast<float*>(team.own));
+                 });
+        return;
     }
 
     const Blocks blocks(im.h_out, call.stride * im.w * conv.in * i64(sizeof(A)), CACHE, im.n, context.threads);
@@ -131,10 +130,10 @@ void fused_mbconv(const FusedMBConv& call, const Context& context) {
     const Input<A, T> input{im, conv, channels, call.stride, call.padding};
     const T* x = static_cast<const T*>(im.x);
     T* out = static_cast<T*>(im.out);
-    const bool transformed = same<A, float> && conv.winograd;
+    const bool transformed = conv.winograd;
     Blocks blocks(im.h_out, im.w_out * conv.out * i64(sizeof(A)), CACHE, im.n, context.threads);
     if (transformed) {
-        Blocks finer = winograd_blocks(im, conv, context.threads);
+        Blocks finer = winograd_blocks<A>(im, conv, context.threads);
         if (finer.rows < blocks.rows) blocks = finer;
         blocks.rows = round_up(blocks.rows, 2);
         blocks.count = divide_up(im.h_out, blocks.rows);
@@ -144,7 +143,7 @@ void fused_mbconv(const FusedMBConv& call, const Context& context) {
     struct Scratch {
         A* expanded;
         A* input;
-        float* transformed;
+        A* transformed;
         i64 bytes;
     };
     auto layout = [&](char* base) {
@@ -152,7 +151,7 @@ void fused_mbconv(const FusedMBConv& call, const Context& context) {
         Scratch s;
         s.expanded = arena.take<A>(blocks.rows * im.w_out * pitch);
         s.input = arena.take<A>(transformed ? 0 : input.scratch_elements(blocks.rows));
-        s.transformed = arena.take<float>(transformed ? largest.transformed_floats() : 0);
+        s.transformed = arena.take<A>(transformed ? largest.transformed_elements() : 0);
         s.bytes = arena.used;
         return s;
     };
@@ -161,15 +160,11 @@ void fused_mbconv(const FusedMBConv& call, const Context& context) {
         const i64 image = item / blocks.count, y0 = blocks.begin(item % blocks.count), y1 = blocks.end(item % blocks.count);
         const Scratch s = layout(team.item);
         const Target<A> expanded{s.expanded, nullptr, pitch, im.w_out * pitch, round_up(conv.out, NW)};
-        bool done = false;
-        if constexpr (same<A, float>) {
-            if (transformed) {
-                winograd(team, x + image * im.h * im.w * channels, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
-                         expanded, s.transformed, reinterpret_cast<float*>(team.own), &project);
-                done = true;
-            }
-        }
-        if (!done) product(team, input.source(team, image, y0, y1, s.input), conv, call.act, expanded, &project);
+        if (transformed)
+            winograd(team, x + image * im.h * im.w * channels, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
+                     expanded, s.transformed, reinterpret_cast<float*>(team.own), &project);
+        else
+            product(team, input.source(team, image, y0, y1, s.input), conv, call.act, expanded, &project);
         const i64 at = (image * pixels + y0 * im.w_out) * project.out;
         product(team, matrix<A>(s.expanded, (y1 - y0) * im.w_out, pitch, conv.out), project, NONE,
                 Target<T>{out + at, call.residual ? x + at : nullptr, project.out, 0, project.out});
@@ -338,7 +333,7 @@ void lowtention(const Lowtention& call, const Context& context) {
     const i64 columns = (w - 1) * call.stride + dw.k, out_channels = call.up[0].out;
     const T* x = static_cast<const T*>(im.x);
     T* out = static_cast<T*>(im.out);
-    const bool transformed = same<A, float> && call.up[0].winograd;
+    const bool transformed = call.up[0].winograd;
 
     // Rows of the depthwise output a thread makes at a time: its input panel stays in the cache.
     const i64 rows_at_once = larger(1, smaller(h, (CACHE / 2) / (call.stride * columns * NW * i64(sizeof(float)))));
@@ -351,7 +346,7 @@ void lowtention(const Lowtention& call, const Context& context) {
         float* qkv;
         float* packed;
         A* grid;
-        float* transformed;
+        A* transformed;
         i64 bytes;
     };
     auto layout = [&](char* base) {
@@ -361,7 +356,7 @@ void lowtention(const Lowtention& call, const Context& context) {
         s.qkv = arena.take<float>(tokens * qkv_pitch);
         s.packed = arena.take<float>(call.heads * shape.packed_floats());
         s.grid = arena.take<A>((h + 2) * grid_row);
-        s.transformed = arena.take<float>(transformed ? up_block.transformed_floats() : 0);
+        s.transformed = arena.take<A>(transformed ? up_block.transformed_elements() : 0);
         s.bytes = arena.used;
         return s;
     };
@@ -412,13 +407,10 @@ void lowtention(const Lowtention& call, const Context& context) {
             const T* add = call.residual ? image_x : nullptr;
             if (call.stride == 1) {
                 const Target<T> target{image_out, add, out_channels, im.w * out_channels, out_channels};
-                if constexpr (same<A, float>) {
-                    if (transformed) {
-                        winograd(team, s.grid, up_block, call.up[0], NONE, target, s.transformed, own_floats);
-                        return;
-                    }
-                }
-                product(team, window<A>(s.grid, grid_row, inner, 3, 1, im.h, im.w), call.up[0], NONE, target);
+                if (transformed)
+                    winograd(team, s.grid, up_block, call.up[0], NONE, target, s.transformed, own_floats);
+                else
+                    product(team, window<A>(s.grid, grid_row, inner, 3, 1, im.h, im.w), call.up[0], NONE, target);
                 return;
             }
             // Output (2 i + py, 2 j + px) is a 2x2 convolution of the grid at (i + py, j + px) of its zero border's frame.

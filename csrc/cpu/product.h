@@ -61,11 +61,15 @@ LK_INLINE const A* panel_of(const Conv& conv, i64 panel) {
 }
 
 template <class A>
+LK_INLINE const A* winograd_panel(const Conv& conv, i64 panel) {
+    return static_cast<const A*>(conv.winograd) + panel * NW * 16 * conv.in;
+}
+
+template <class A>
 LK_INLINE Prefetch prefetch_panel(const Conv& conv, i64 panel) {
     if (panel < 0 || panel >= panels_of(conv.out)) return {nullptr, nullptr, 0};
     // Of a transformed convolution, its first slab.
-    const char* p = conv.winograd ? reinterpret_cast<const char*>(conv.winograd + panel * NW * 16 * conv.in)
-                                  : reinterpret_cast<const char*>(panel_of<A>(conv, panel));
+    const char* p = reinterpret_cast<const char*>(conv.winograd ? winograd_panel<A>(conv, panel) : panel_of<A>(conv, panel));
     const i64 depth = conv.winograd ? conv.in : conv.k * conv.k * conv.in;
     return {p, p + panel_width(conv.out, panel) * depth * i64(sizeof(A)), 0};
 }

@@ -43,12 +43,10 @@ public:
         Conv conv{};
         conv.k = number(), conv.in = number(), conv.out = number();
         const i64 elements = conv.in * columns(conv.out);
-        if (number())
-            conv.winograd = section<float>(16 * elements);
-        else if (kernels_.bf16_weights)
-            conv.weight = section<bf16>(conv.k * conv.k * elements);
-        else
-            conv.weight = section<float>(conv.k * conv.k * elements);
+        const bool transformed = number();
+        const i64 taps = transformed ? 16 : conv.k * conv.k;
+        (transformed ? conv.winograd : conv.weight) =
+            kernels_.bf16_weights ? static_cast<const void*>(section<bf16>(taps * elements)) : section<float>(taps * elements);
         conv.bias = section<float>(panels(conv.out));
         return conv;
     }

@@ -1,5 +1,4 @@
-// Stride-1 3x3 convolutions by Winograd's F(2x2, 3x3): 16 products for every 2x2 outputs instead of 36. In fp32 only: its
-// intermediate values do not survive bf16. Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+// Stride-1 3x3 convolutions by Winograd's F(2x2, 3x3): 16 products for every 2x2 outputs instead of 36. Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
 // arXiv 1509.09308, section 4.1.
 #pragma once
 #include "product.h"
@@ -17,12 +16,13 @@ struct WinogradBlock {
     i64 tiles() const { return tile_rows() * tile_columns(); }
     i64 pitch() const { return round_up(channels, VL) + VL; }
 
-    i64 transformed_floats() const { return 16 * tiles() * pitch(); }
+    i64 transformed_elements() const { return 16 * tiles() * pitch(); }
     i64 product_floats() const { return 16 * tiles() * NW; }
 };
 
 // B^T d B of one vector of channels of a 4x4 patch, written `plane` apart.
-LK_INLINE void transform_patch(const V (&d)[16], float* to, i64 plane) {
+template <class A>
+LK_INLINE void transform_patch(const V (&d)[16], A* to, i64 plane) {
     V t[16];
 #pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) {
@@ -41,8 +41,8 @@ LK_INLINE void transform_patch(const V (&d)[16], float* to, i64 plane) {
     }
 }
 
-template <class T>
-void transform_input(const T* image, const WinogradBlock& block, i64 tile_row, float* to) {
+template <class A, class T>
+void transform_input(const T* image, const WinogradBlock& block, i64 tile_row, A* to) {
     const i64 c = block.channels, pitch = block.pitch(), plane = block.tiles() * pitch, columns = block.tile_columns();
     const i64 top = block.y0 + 2 * tile_row - block.padding;
     for (i64 column = 0; column < columns; ++column) {
@@ -52,7 +52,7 @@ void transform_input(const T* image, const WinogradBlock& block, i64 tile_row, f
             i64 y = top + i / 4, x = left + i % 4;
             pixel[i] = y >= 0 && y < block.h && x >= 0 && x < block.w ? image + (y * block.w + x) * c : nullptr;
         }
-        float* out = to + (tile_row * columns + column) * pitch;
+        A* out = to + (tile_row * columns + column) * pitch;
         i64 at = 0;
         for (; at + VL <= c; at += VL) {
             V d[16];
@@ -106,28 +106,26 @@ void transform_output(const float* m, const WinogradBlock& block, const Conv& co
     }
 }
 
-LK_INLINE const float* winograd_panel(const Conv& conv, i64 panel) { return conv.winograd + panel * NW * 16 * conv.in; }
-
 // The whole convolution of a block by the team. `transformed` is shared, `products` the thread's own.
-template <class T, class U>
+template <class A, class T, class U>
 void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv& conv, int act, const Target<U>& target,
-              float* transformed, float* products, const Conv* then = nullptr) {
-    warm<float>(conv, team.rank);
+              A* transformed, float* products, const Conv* then = nullptr) {
+    warm<A>(conv, team.rank);
     team.run(block.tile_rows(), [&](i64 row, i64) { transform_input(image, block, row, transformed); });
     const i64 tiles = block.tiles(), pitch = block.pitch(), depth = conv.in, panels = panels_of(conv.out);
     const i64 groups = groups_of(team, panels, divide_up(tiles, MR));
     team.run(panels * groups, [&](i64 unit, i64 next) {
         const i64 panel = unit / groups, begin = unit % groups * tiles / groups, end = (unit % groups + 1) * tiles / groups;
         const int width = panel_width(conv.out, panel);
-        const float* weight = winograd_panel(conv, panel);
-        const char* after = next >= 0 ? reinterpret_cast<const char*>(winograd_panel(conv, next / groups)) : nullptr;
+        const A* weight = winograd_panel<A>(conv, panel);
+        const char* after = next >= 0 ? reinterpret_cast<const char*>(winograd_panel<A>(conv, next / groups)) : nullptr;
         const i64 slab = depth * width;
         for (int f = 0; f < 16; ++f) {
             // The next slab of weights arrives while this one is used.
             const char* ahead = f < 15 ? reinterpret_cast<const char*>(weight + (f + 1) * slab) : after;
-            Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(float)) : nullptr, 0};
-            if (!ahead && then) prefetch = prefetch_panel<float>(*then, team.rank);
-            Source<float> source = matrix<float>(transformed + (f * tiles + begin) * pitch, end - begin, pitch, depth);
+            Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(A)) : nullptr, 0};
+            if (!ahead && then) prefetch = prefetch_panel<A>(*then, team.rank);
+            Source<A> source = matrix<A>(transformed + (f * tiles + begin) * pitch, end - begin, pitch, depth);
             float* to = products + f * (end - begin) * width;
             panel_tiles(source, weight + f * slab, width, 0, tiles_of_run(source), prefetch,
                         [&](const float* c, i64 rows, i64, i64 pixel) {

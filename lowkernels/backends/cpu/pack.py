@@ -91,13 +91,11 @@ class Packer:
         out_channels, in_channels, size, _ = weight.shape
         # Pairs need an even depth.
         padded = in_channels + (in_channels % 2 if self._layout.pairs else 0)
-        transformed = stride == 1 and size == 3 and not self._layout.pairs and in_channels >= _WINOGRAD_CHANNELS
+        transformed = stride == 1 and size == 3 and in_channels >= _WINOGRAD_CHANNELS
         self._header += [size, padded, out_channels, int(transformed)]
-        if transformed:
-            self._sections.append(self._panels(_winograd(weight)))
-        else:
-            depth = F.pad(weight, (0, 0, 0, 0, 0, padded - in_channels)).permute(2, 3, 1, 0).reshape(1, -1, out_channels)
-            self._sections.append(self._pairs(depth) if self._layout.pairs else self._panels(depth.float()))
+        weight = F.pad(weight, (0, 0, 0, 0, 0, padded - in_channels))
+        depth = _winograd(weight) if transformed else weight.permute(2, 3, 1, 0).reshape(1, -1, out_channels)
+        self._sections.append(self._pairs(depth.bfloat16()) if self._layout.pairs else self._panels(depth.float()))
         self._vector(bias, out_channels)
 
     def depthwise(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -135,8 +133,8 @@ class Packer:
         return torch.cat(pieces)
 
     def _pairs(self, depth: Tensor) -> Tensor:
-        _, length, columns = depth.shape
-        return self._panels(depth.reshape(1, length // 2, 2, columns).transpose(2, 3))
+        groups, length, columns = depth.shape
+        return self._panels(depth.reshape(groups, length // 2, 2, columns).transpose(2, 3))
 
 
 def _winograd(weight: Tensor) -> Tensor:
