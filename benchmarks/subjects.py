@@ -72,7 +72,10 @@ class Layer:
         return random_call(batch=batch, dtype=dtype, device=device, seed=seed, **kwargs).args
 
 
-def _layer(operator: str, args: tuple[Any, ...]) -> Layer:
+def layer_of(operator: str, args: tuple[Any, ...]) -> Layer | None:
+    """The layer that a recorded call is; None for a linear layer, which no operator computes."""
+    if operator not in OPERATORS:
+        return None
     named = dict(zip(OPERATORS[operator].argument_names, args, strict=True))
     x = named["x"]
     out = OPERATORS[operator].infer_shape(*args)
@@ -110,7 +113,8 @@ def blocks_of(model: str, size: int, batch: int, dtype: torch.dtype) -> tuple[co
 def layers_of(model: str, size: int) -> list[Layer]:
     """The distinct layers of one LowFormer, in the order they run."""
     recorded = blocks_of(model, size, 1, torch.float32)
-    return list(dict.fromkeys(_layer(b.operator, b.args) for b in recorded if b.operator in OPERATORS))
+    found = (layer_of(b.operator, b.args) for b in recorded)
+    return list(dict.fromkeys(layer for layer in found if layer is not None))
 
 
 def lowformer_layers(sizes: Iterable[int] = SIZES) -> list[Layer]:

@@ -19,7 +19,7 @@ from .style import sheet, svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PLOTS", "Missing", "Picture", "figures", "source", "svg"]
+__all__ = ["PLOTS", "Missing", "Picture", "ceilings", "figures", "source", "svg"]
 
 
 class Missing(ValueError):
@@ -61,6 +61,19 @@ PLOTS: dict[str, Picture] = {
     p.name: p
     for p in (
         Picture(
+            "waterline",
+            "Waterline",
+            "The rate that each kernel of the model could reach, limited by arithmetic or by memory traffic: one by one above, "
+            "a block at a time below. Widths are shares of the operations; the blue level is the rate of the whole sequence. "
+            "Lines across bars are what was measured.",
+        ),
+        Picture(
+            "gap",
+            "Efficiency gap",
+            "Accuracy against latency. Each model stands where its operations would take it at the device's peak rate, and where "
+            "it was measured; the shorter the segment between the two, the better the device is used.",
+        ),
+        Picture(
             "layers",
             "Speed-up of every layer",
             "For each layer of the model, how many times longer every rival takes than this library. "
@@ -77,6 +90,18 @@ def source(results: Results) -> str:
     commit = run.get("commit")
     state = "no checkout" if commit is None else f"commit {commit[:12]}" + (", changed" if run.get("dirty") else "")
     return f"{device} · PyTorch {run['versions']['torch']} · {run['date'][:10]} · {state}"
+
+
+def ceilings(results: Results, dtype: str) -> tuple[float, float]:
+    """The most operations and bytes a second that a run reached in this dtype.
+
+    Raises:
+        Missing: they were not measured, or something else had the machine meanwhile.
+    """
+    found = [c for c in results.ceilings if c["dtype"] == dtype and not c.get("disturbed")]
+    if not found:
+        raise Missing(f"the device's rates in {dtype} were not measured undisturbed")
+    return 1e12 * max(c["tflops"] for c in found), 1e9 * max(c["gb_per_s"] for c in found)
 
 
 def figures(results: Results) -> Iterator[tuple[Picture, Figure]]:

@@ -47,7 +47,7 @@ def draw(results: Results) -> Figure:
             face = "none" if disturbed else color
             axes.plot(ratio, line, shape, color=color, markerfacecolor=face, markersize=6, label=label, zorder=3)
     axes.axvline(1, color=OURS, linewidth=1.5)
-    note(axes, "lowkernels", 1, -0.75, OURS, ha="center", fontweight="bold", annotation_clip=False)
+    note(axes, "lowkernels", 1, -0.75, OURS, ha="center", fontweight="bold")
     axes.set_xscale("log")
     axes.set_xlim(0.93 * min(ends), 1.06 * max(ends))
     axes.set_xticks(

@@ -105,11 +105,8 @@ def heading(figure: Figure, title: str, below: str, source: str) -> None:
 
 
 def note(axes: Axes, text: str, x: float, y: float, color: str = INK, **kwargs: Any) -> Any:
-    """Text at data coordinates, on a halo of the page's colour so that lines behind it do not cross it."""
-    from matplotlib.patheffects import withStroke
-
-    given = {"fontsize": 8.5, "va": "center", "color": color, "path_effects": [withStroke(linewidth=2.5, foreground=PAPER)]}
-    return axes.annotate(text, (x, y), **{**given, **kwargs})
+    """Text at data coordinates, which may lie outside the axes."""
+    return axes.annotate(text, (x, y), **{"fontsize": 8.5, "va": "center", "color": color, "annotation_clip": False, **kwargs})
 
 
 def legend(handles: Sequence[Any], axes: Axes, ncols: int) -> None:
@@ -156,6 +153,9 @@ def svg(figure: Figure, theme: str = "light", description: str = "") -> str:
     text = target.getvalue()
     text = text[text.index("<svg") :]
     text = text.replace("'DejaVu Sans', sans-serif", _FONT)
+    # A halo, so that no line crosses a word. (matplotlib's own would turn words into outlines.)
+    halo = f"<style>text {{ paint-order: stroke; stroke: {PAPER}; stroke-width: 2.5px; stroke-linejoin: round }}</style>"
+    text = re.sub(r"(<svg [^>]*>)", lambda m: f"{m[1]}\n {halo}", text, count=1)
     # The size is the page's to choose; the aspect is in the view box.
     text = re.sub(r'(<svg [^>]*?)\bheight="[\d.]+pt"', r"\1", text, count=1)
     text = re.sub(r'(<svg [^>]*?)\bwidth="([\d.]+)pt"', lambda m: f'{m[1]}width="{float(m[2]) / 0.72:.0f}"', text, count=1)
