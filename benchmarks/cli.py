@@ -13,7 +13,7 @@ import torch
 
 import lowformer
 
-from . import ceilings, compare, gpu, plans, render, rows, runner
+from . import ceilings, compare, gpu, plans, publish, render, report, rows, runner
 from .plans import Choice, Item
 from .provenance import ROOT
 from .subjects import Layer, layers_of
@@ -45,10 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seconds", type=float, help="time limit; what does not fit is named in the results")
         if name != "all":
             _choice(command)
+        else:
+            command.add_argument("--add", action="store_true", help="then do what `python -m benchmarks add` does")
         command.add_argument("--contenders", metavar="REGEX", help="which take part, besides eager")
 
     command = add("gpu", "Everything that matters on a GPU, within nine minutes.")
     command.add_argument("--out", type=Path, required=True, help="folder for the results, at most eight files")
+    command.add_argument("--add", action="store_true", help="then do what `python -m benchmarks add` does")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     command.add_argument("--smoke", action="store_true", help="tiny subjects; with --device cpu a rehearsal without a GPU")
 
@@ -63,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     command = add("render", "Write the tables of committed results into README.md and docs/benchmarks.md.")
     command.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
     command.add_argument("--results", type=Path, help="print a report of this folder instead")
+
+    command = add("report", "Make one HTML page of a folder of results.")
+    command.add_argument("results", type=Path, metavar="DIR", help="folder with the results files of one device")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in that folder")
+
+    command = add("add", "Put results into benchmarks/results, and their numbers into the documents.")
+    command.add_argument("results", type=Path, metavar="DIR", help="folder that --out named")
+
+    add("check", "Say whether committed results are fit to be published.")
 
     command = add("ceilings", "Measure the rates that results are held against.")
     _common(command)
@@ -112,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "gpu": _gpu,
         "compare": _compare,
         "render": _render,
+        "report": _report,
+        "add": _add,
+        "check": _check,
         "ceilings": _ceilings,
         "stage": _stage,
     }[args.command](args)
@@ -187,7 +202,7 @@ def _all(args: argparse.Namespace) -> int:
     report = gpu.write_report(args.out, {})
     print(report.read_text())
     print(f"written to {args.out}")
-    return status
+    return status or _add_if_wanted(args)
 
 
 def _gpu(args: argparse.Namespace) -> int:
@@ -196,7 +211,15 @@ def _gpu(args: argparse.Namespace) -> int:
     for path in args.out.glob("*.jsonl"):
         runner.finish(path)
     print((args.out / gpu.REPORT).read_text())
-    return 0 if all(what in ("done", "out of time", "no time left") for what in outcome.values()) else 1
+    failed = not all(what in ("done", "out of time", "no time left") for what in outcome.values())
+    return 1 if failed else _add_if_wanted(args)
+
+
+def _add_if_wanted(args: argparse.Namespace) -> int:
+    if not args.add:
+        return 0
+    args.results = args.out
+    return _add(args)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -236,6 +259,41 @@ def _render(args: argparse.Namespace) -> int:
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is out of date' if args.check else 'written'}")
     return 1 if stale and args.check else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    paths = sorted(args.results.glob("*.jsonl"))
+    if not paths:
+        devices = ", ".join(sorted({str(path.parent) for path in args.results.glob("*/*.jsonl")}))
+        print(f"no results (*.jsonl) in {args.results}" + (f"; there are some in {devices}" if devices else ""), file=sys.stderr)
+        return 2
+    out: Path = args.out or args.results / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(report.page(rows.read(*paths)), encoding="utf-8")
+    print(f"written to {out}")
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    try:
+        copies = publish.add(args.results, render.RESULTS)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    changed = [*copies, *render.render()]
+    for path in changed:
+        print(f"{path.relative_to(ROOT)} written")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    problems = publish.check(render.RESULTS)
+    problems += [
+        f"{path.relative_to(ROOT)} is out of date: run `python -m benchmarks render`" for path in render.render(check=True)
+    ]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _ceilings(args: argparse.Namespace) -> int:

@@ -305,7 +305,7 @@ def details(results: Results) -> str:
 def unmeasured(results: Results) -> str:
     """Subjects that were planned and have no rows."""
     found = [f for f in results.other if f["kind"] == "unmeasured"]
-    return "\n".join(f"- {' '.join(str(k) for k in f['key'][1:])}: {f['reason']}" for f in found)
+    return "\n".join(f"- {title(Row(*f['key'], contender=''))}: {f['reason']}" for f in found)
 
 
 def report(results: Results) -> str:

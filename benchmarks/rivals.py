@@ -231,8 +231,12 @@ def outcomes(network: nn.Module) -> list[dict[str, Any]]:
 def _accelerated(subject: Subject) -> Built:
     network = _timm_network(subject)
     lowkernels.accelerate(network)
-    served, modules = (functools.partial(f, network) for f in (served_by, outcomes))
-    return Built(network, channels_last, served=served, modules=modules)
+    return Built(
+        network,
+        channels_last,
+        served=functools.partial(served_by, network),
+        modules=functools.partial(outcomes, network),
+    )
 
 
 def _missing(*modules: str, extra: str) -> str | None:

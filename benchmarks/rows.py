@@ -44,9 +44,9 @@ class Row:
         peak_memory_mb: most memory a call took beyond what was there before it, in 1e6 bytes.
         launches: kernels launched by one call (CUDA), or operators dispatched (CPU).
         served: how often each backend of this library served in one forward pass.
-        modules: of a model of ours, what :func:`lowkernels.report` says after that forward pass: a dict for every different outcome,
-            with the ``names`` of its modules, their ``kind``, whether they were ``replaced``, the backend they ``ran_on``, the
-            ``reason``.
+        modules: of a model of ours, what :func:`lowkernels.report` says after that forward pass: a dict for every different
+            outcome, with the ``names`` of its modules, their ``kind``, whether they were ``replaced``, the backend they ``ran_on``,
+            the ``reason``.
         turns, dropped, disturbed: turns that count, turns dropped as disturbed, and whether too few were left, so that the
             disturbed ones count too.
         build_s: seconds to build the contender, compilation and export included.

@@ -280,4 +280,4 @@ def test_render_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["render", "--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "**lowkernels, auto**" in out
-    assert "- lowformer_b3 512 16 float32: no time left" in out
+    assert "- lowformer_b3, 512 px, batch 16, fp32: no time left" in out
