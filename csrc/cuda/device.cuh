@@ -47,7 +47,8 @@ LK_DEVICE int block_x() { return blockIdx.x; }
 LK_DEVICE int block_y() { return blockIdx.y; }
 
 LK_DEVICE unsigned char* dynamic_shared() {
-    extern __shared__ __align__(128) unsigned char lowkernels_shared[];
+    // The pattern of a 128-byte swizzle repeats every 1024 bytes.
+    extern __shared__ __align__(1024) unsigned char lowkernels_shared[];
     return lowkernels_shared;
 }
 
@@ -84,6 +85,63 @@ LK_DEVICE void mma(bf16_t, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Hopper's warpgroup products exist for sm_90a only. A *warpgroup* is 128 threads from a multiple of 128.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kWarpgroupProducts = true;
+#else
+constexpr bool kWarpgroupProducts = false;
+#endif
+
+// For code that no GPU may reach: better no result than a wrong one.
+LK_DEVICE void refuse() { __trap(); }
+
+// Registers written by ordinary instructions are ordered before the products that follow.
+LK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+LK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most PENDING of the latest groups are still under way.
+template <int PENDING>
+LK_DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// After the wait for a product: without it the compiler may use its accumulators before.
+template <int N>
+LK_DEVICE void wgmma_settle(float (&d)[N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; j++) asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
+}
+
+// What this thread has written to shared memory is ordered before what the warpgroup products after the next barrier read of it.
+LK_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The accumulators d[64 x 8 J] (+)= a[64 x 16] b[16 x 8 J], under way until the wait: neither `d` nor `a` may be touched before. Warp w
+// of the group has rows 16 w to 16 w + 15, of `a` as of d[j], as mma has them. `b` describes its matrix in shared memory, K-major.
+#define LK_FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define LK_WGMMA_N64(type) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+                 "%25, %26, %27, %28, %29, %30, %31}, " \
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}" \
+                 : LK_FOUR(0), LK_FOUR(1), LK_FOUR(2), LK_FOUR(3), LK_FOUR(4), LK_FOUR(5), LK_FOUR(6), LK_FOUR(7) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
+#define LK_WGMMA_N128(type) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+                 "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}" \
+                 : LK_FOUR(0), LK_FOUR(1), LK_FOUR(2), LK_FOUR(3), LK_FOUR(4), LK_FOUR(5), LK_FOUR(6), LK_FOUR(7), \
+                   LK_FOUR(8), LK_FOUR(9), LK_FOUR(10), LK_FOUR(11), LK_FOUR(12), LK_FOUR(13), LK_FOUR(14), LK_FOUR(15) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
+
+LK_DEVICE void wgmma(half_t, float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N64("f16"); }
+LK_DEVICE void wgmma(bf16_t, float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N64("bf16"); }
+LK_DEVICE void wgmma(half_t, float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N128("f16"); }
+LK_DEVICE void wgmma(bf16_t, float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N128("bf16"); }
+#undef LK_WGMMA_N64
+#undef LK_WGMMA_N128
+#undef LK_FOUR
 
 // Copies BYTES from global to shared memory, or fills with zeros without reading where `valid` is false.
 template <int BYTES>

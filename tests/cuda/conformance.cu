@@ -1,12 +1,9 @@
-// Every wrapper of csrc/cuda/device.cuh on one warp: lane l reads in[16 l ..] and writes out[8 l ..], words of 32 bits. The same file
-// runs on a GPU and in the shim; the test compares them bit by bit.
+// Every wrapper of csrc/cuda/device.cuh on one warp: lane l reads in[16 l ..] and writes out[8 l ..], words of 32 bits; those of
+// warpgroups on one warpgroup. The same file runs on a GPU and in the shim; the test compares them bit by bit.
 #include <cstring>
 
-#include "fragments.cuh"
-
-#if defined(LOWKERNELS_SHIM)
-extern "C" void shim_announce(const void* data, size_t bytes, int output);
-#endif
+#include "on_host.h"
+#include "warpgroup.cuh"
 
 namespace lowkernels {
 namespace {
@@ -93,6 +90,49 @@ wrapper(Params p) {
     for (int i = 0; i < kOut; i++) p.out[lane * kOut + i] = result[i];
 }
 
+// acc[64 x COLUMNS] + a[64 x 64] b[64 x COLUMNS]. in: b as it lies in shared memory, a's registers of four steps of depth 16 by thread,
+// the accumulators by thread. out: the accumulators.
+template <typename T, int COLUMNS, Swizzle SWIZZLE>
+LK_KERNEL(kWarpgroup, 1)
+warpgroup_product(Params p) {
+    if constexpr (kWarpgroupProducts) {
+        constexpr int bytes = COLUMNS * 128, sums = COLUMNS / 2;
+        unsigned char* b = dynamic_shared() + 1024;
+        for (int i = thread_index() * 16; i < bytes; i += kWarpgroup * 16) cp_async<16>(b + i, p.in + i / 4, true);
+        cp_async_commit();
+        const uint32_t* words = p.in + bytes / 4 + thread_index() * 16;
+        uint32_t a[4][4];
+        for (int i = 0; i < 16; i++) a[i / 4][i % 4] = words[i];
+        const uint32_t* initial = p.in + bytes / 4 + kWarpgroup * 16 + thread_index() * sums;
+        float d[COLUMNS / 8][4];
+        for (int i = 0; i < sums; i++) d[i / 4][i % 4] = float_of(initial[i]);
+        cp_async_wait<0>();
+        fence_proxy_async();
+        block_sync();
+        // Steps of depth 16 within a row, and bytes of a step's eight columns.
+        constexpr int steps = SWIZZLE == kNoSwizzle ? 1 : 8 >> SWIZZLE, eight = SWIZZLE == kNoSwizzle ? 256 : 2048 >> SWIZZLE;
+        const uint32_t at = shared_address(b);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+            const uint32_t start = at + step / steps * (COLUMNS / 8 * eight) + step % steps * 32;
+            wgmma(T{}, d, a[step], matrix_descriptor(start, eight, 128, SWIZZLE), true);
+            if (step % 2) wgmma_commit();
+        }
+        wgmma_wait<1>();
+        wgmma_wait<0>();
+        wgmma_settle(d);
+        for (int i = 0; i < sums; i++) p.out[thread_index() * sums + i] = bits_of(d[i / 4][i % 4]);
+    } else {
+        refuse();
+    }
+}
+
+template <typename T, int COLUMNS, Swizzle SWIZZLE>
+int launch_product(const Params& p) {
+    return launch(warpgroup_product<T, COLUMNS, SWIZZLE>, {1, 1}, kWarpgroup, 1024 + COLUMNS * 128, nullptr, p);
+}
+
 int run(int what, const Params& p) {
     constexpr size_t shared = kWarp * 32;
     switch (what) {
@@ -105,6 +145,13 @@ int run(int what, const Params& p) {
         case 6: return launch(wrapper<6>, {1, 1}, kWarp, shared, nullptr, p);
         case 7: return launch(wrapper<7>, {1, 1}, kWarp, shared, nullptr, p);
         case 8: return launch(wrapper<8>, {1, 1}, kWarp, shared, nullptr, p);
+        case 9: return launch_product<half_t, 64, kSwizzle128>(p);
+        case 10: return launch_product<bf16_t, 64, kSwizzle128>(p);
+        case 11: return launch_product<half_t, 128, kSwizzle128>(p);
+        case 12: return launch_product<bf16_t, 128, kSwizzle128>(p);
+        case 13: return launch_product<half_t, 64, kSwizzle64>(p);
+        case 14: return launch_product<half_t, 64, kSwizzle32>(p);
+        case 15: return launch_product<half_t, 64, kNoSwizzle>(p);
         default: return -1;
     }
 }
@@ -112,23 +159,9 @@ int run(int what, const Params& p) {
 }  // namespace
 }  // namespace lowkernels
 
-// `in` and `out` are on the host, kWarp * kIn and kWarp * kOut words.
-extern "C" __attribute__((visibility("default"))) int lowkernels_conformance(int what, const uint32_t* in, uint32_t* out) {
+// `in` and `out` are on the host.
+extern "C" __attribute__((visibility("default"))) int lowkernels_conformance(int what, const uint32_t* in, size_t in_bytes, uint32_t* out,
+                                                                             size_t out_bytes) {
     using namespace lowkernels;
-    constexpr size_t in_bytes = kWarp * kIn * 4, out_bytes = kWarp * kOut * 4;
-#if defined(LOWKERNELS_SHIM)
-    shim_announce(in, in_bytes, 0);
-    shim_announce(out, out_bytes, 1);
-    return run(what, {in, out});
-#else
-    uint32_t *device_in = nullptr, *device_out = nullptr;
-    int error = cudaMalloc(&device_in, in_bytes);
-    if (!error) error = cudaMalloc(&device_out, out_bytes);
-    if (!error) error = cudaMemcpy(device_in, in, in_bytes, cudaMemcpyHostToDevice);
-    if (!error) error = run(what, {device_in, device_out});
-    if (!error) error = cudaMemcpy(out, device_out, out_bytes, cudaMemcpyDeviceToHost);
-    cudaFree(device_in);
-    cudaFree(device_out);
-    return error;
-#endif
+    return on_device(in, in_bytes, out, out_bytes, [&](const uint32_t* from, uint32_t* to) { return run(what, {from, to}); });
 }

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lowkernels.backends.cuda import build
@@ -155,17 +156,35 @@ def kernels(changes: dict[str, Callable[[str], str]] | None = None, names: Seque
     return _library("kernels", kept, compile_)
 
 
-def conformance() -> Path:
-    """``conformance.cu`` for the shim."""
-    source = Path(__file__).parent / "conformance.cu"
+def alone(name: str, change: tuple[str, str] | None = None) -> Path:
+    """A kernel of the tests, ``name``.cu here, compiled for the shim; ``change`` is a text in it and what to make of that."""
+    text = (Path(__file__).parent / f"{name}.cu").read_text()
+    if change is not None:
+        assert change[0] in text, f"{name}.cu has no {change[0]!r}"
+        text = text.replace(*change, 1)
 
     def compile_(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            _run(["g++", *_KERNEL_FLAGS, "-c", str(source), "-o", f"{folder}/out.o"])
+            Path(folder, f"{name}.cu").write_text(text)
+            _run(["g++", *_KERNEL_FLAGS, "-c", f"{folder}/{name}.cu", "-o", f"{folder}/out.o"])
             _run(["g++", "-shared", f"{folder}/out.o", "-o", f"{folder}/out.so"])
             shutil.move(f"{folder}/out.so", path)
 
-    return _library("conformance", {**_contents(SOURCES, SHIM), source.name: source.read_bytes()}, compile_)
+    headers = {file: text for file, text in _contents(SOURCES, SHIM).items() if file.endswith((".h", ".cuh"))}
+    return _library(name, {**headers, f"{name}.cu": text.encode()}, compile_)
+
+
+def on_gpu(name: str) -> ctypes.CDLL:
+    """A kernel of the tests, compiled for the GPU here."""
+    nvcc = build.compiler()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    folder = Path(tempfile.mkdtemp())
+    source = Path(__file__).parent / f"{name}.cu"
+    command = build.kernel_command(nvcc, source, folder / "out.o", build.architectures(build._listed()))
+    _run([*command, f"-I{SOURCES}", f"-I{SHIM}"])
+    _run([nvcc, "-shared", "-cudart=static", str(folder / "out.o"), "-o", str(folder / "out.so")])
+    return ctypes.CDLL(str(folder / "out.so"))
 
 
 def choose(library: Path) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from lowkernels.backends.cuda import build
 from tests.cuda import execution
 
 WRAPPERS = ("ldmatrix", "ldmatrix_transposed", "mma_fp16", "mma_bf16", "cp_async", "fp16", "bf16", "shuffle", "functions")
+# Number, dtype, columns and bytes of the swizzle (16: none).
+PRODUCTS = {
+    9: (torch.float16, 64, 128),
+    10: (torch.bfloat16, 64, 128),
+    11: (torch.float16, 128, 128),
+    12: (torch.bfloat16, 128, 128),
+    13: (torch.float16, 64, 64),
+    14: (torch.float16, 64, 32),
+    15: (torch.float16, 64, 16),
+}
 # Movements and conversions are exact; products and functions only up to the order of sums and the last bits.
 ROUNDED = {"mma_fp16": 2.0**-20, "mma_bf16": 2.0**-20, "functions": 2.0**-20}
 
@@ -35,18 +42,21 @@ def inputs(wrapper: str, seed: int = 0) -> Words:
     return words
 
 
-def run(function: Callable[..., int], wrapper: str, words: Words) -> Words:
-    out = np.zeros((32, 8), dtype=np.uint32)
-    pointer = ctypes.POINTER(ctypes.c_uint32)
-    error = function(WRAPPERS.index(wrapper), words.ctypes.data_as(pointer), out.ctypes.data_as(pointer))
+def run(function: Callable[..., int], wrapper: str | int, words: Words, shape: tuple[int, int] = (32, 8)) -> Words:
+    out = np.zeros(shape, dtype=np.uint32)
+    number = wrapper if isinstance(wrapper, int) else WRAPPERS.index(wrapper)
+    size = ctypes.c_size_t
+    error = function(
+        number, ctypes.c_void_p(words.ctypes.data), size(words.nbytes), ctypes.c_void_p(out.ctypes.data), size(out.nbytes)
+    )
     assert error == 0, f"{wrapper}: error {error}"
     return out
 
 
-def emulated(wrapper: str, words: Words) -> Words:
-    library = execution.conformance()
+def emulated(wrapper: str | int, words: Words, shape: tuple[int, int] = (32, 8)) -> Words:
+    library = execution.alone("conformance")
     with execution.watched(library) as outcome:
-        out = run(ctypes.CDLL(str(library)).lowkernels_conformance, wrapper, words)
+        out = run(ctypes.CDLL(str(library)).lowkernels_conformance, wrapper, words, shape)
     assert not outcome.reports, "\n".join(outcome.reports)
     return out
 
@@ -122,18 +132,50 @@ def test_shuffle() -> None:
         assert (got[:, i] == words[np.arange(32) ^ (1 << i), 8 + i]).all()
 
 
+def product_inputs(number: int, seed: int = 0) -> tuple[Words, torch.Tensor]:
+    """A warpgroup product's words as ``conformance.cu`` reads them, and its result in float64, [64, columns]."""
+    dtype, columns, swizzle = PRODUCTS[number]
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (64, columns))
+    c = torch.randn(64, columns, generator=generator)
+    # b as it lies in shared memory: matrices as deep as a row is long, 16 at least, of eight columns after eight columns.
+    n, k = np.meshgrid(np.arange(columns), np.arange(64), indexing="ij")
+    depth = max(16, swizzle // 2)
+    unit, eight = k % depth // 8, 8 * depth * 2
+    if swizzle == 16:
+        within = unit * 128 + n % 8 * 16
+    else:
+        within = n % 8 * swizzle + (unit ^ n % 8 * swizzle // 128) * 16
+    at = k // depth * (columns // 8 * eight) + n // 8 * eight + within + k % 8 * 2
+    stored = np.zeros(columns * 64, dtype=np.int16)
+    stored[at // 2] = b.view(torch.int16).numpy()
+    thread = np.arange(128)
+    row, column = (thread // 32 * 16 + thread % 32 // 4)[:, None], (thread % 4 * 2)[:, None]
+    step, register, half = (i.reshape(1, -1) for i in np.indices((4, 4, 2)))
+    registers = a.view(torch.int16).numpy()[row + register % 2 * 8, step * 16 + column + register // 2 * 8 + half]
+    rows, columns_of = accumulator_places(columns)
+    words = [np.ascontiguousarray(part).view(np.uint32).ravel() for part in (stored, registers, c.numpy()[rows, columns_of])]
+    return np.concatenate(words), c.double() + a.double() @ b.double().t()
+
+
+def accumulator_places(columns: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of each thread's accumulators."""
+    thread, i = np.arange(128)[:, None], np.arange(columns // 2)[None]
+    return thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + thread % 4 * 2 + i % 2
+
+
+@pytest.mark.parametrize("number", PRODUCTS)
+def test_warpgroup_product(number: int) -> None:
+    words, expected = product_inputs(number)
+    columns = PRODUCTS[number][1]
+    got = emulated(number, words, (128, columns // 2)).view(np.float32)
+    np.testing.assert_allclose(got, expected.numpy()[accumulator_places(columns)], rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def on_gpu() -> Callable[..., int]:
     """``conformance.cu`` for the GPU here."""
-    nvcc = build.compiler()
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
-    folder = Path(tempfile.mkdtemp())
-    source = Path(__file__).parent / "conformance.cu"
-    command = build.kernel_command(nvcc, source, folder / "out.o", build.architectures(build._listed()))
-    subprocess.run([*command, f"-I{execution.SOURCES}"], check=True, capture_output=True)
-    subprocess.run([nvcc, "-shared", "-cudart=static", str(folder / "out.o"), "-o", str(folder / "out.so")], check=True)
-    function: Callable[..., int] = ctypes.CDLL(str(folder / "out.so")).lowkernels_conformance
+    function: Callable[..., int] = execution.on_gpu("conformance").lowkernels_conformance
     return function
 
 
@@ -154,3 +196,18 @@ def test_gpu_does_what_the_shim_does(on_gpu: Callable[..., int], wrapper: str) -
             assert ((real[:, 1:3] == shim[:, 1:3]) | (nan & np.isnan(real[:, 1:3].view(np.float32)))).all()
         else:
             assert (real == shim).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", PRODUCTS)
+def test_gpu_multiplies_as_the_shim_does(on_gpu: Callable[..., int], number: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("warpgroup products are for compute capability 9.0")
+    columns = PRODUCTS[number][1]
+    for seed in range(5):
+        words, _ = product_inputs(number, seed)
+        real, shim = (
+            f(number, words, (128, columns // 2)).view(np.float32).astype(np.float64) for f in (partial(run, on_gpu), emulated)
+        )
+        # 64 products and a sum, in whatever order.
+        assert np.abs(real - shim).max() <= 64 * 2.0**-20 * np.abs(shim).max()

@@ -5,7 +5,9 @@
 // -fsanitize=thread makes g++ call; this file itself is compiled without it. Reported, by kernel line:
 //   race           an access to shared memory that no barrier orders after another thread's
 //   unwritten      a read of shared memory, an output or a scratch tensor that nothing wrote
-//   pending        a use of cp.async's destination before the wait
+//   pending        a use of cp.async's destination, or of a warpgroup product's registers, before the wait
+//   unfenced       a warpgroup product of registers, or of shared memory, whose writes no fence of their kind orders before it
+//   descriptor     a matrix descriptor that means nothing, or another matrix than its product's
 //   bounds         an access outside of the tensors and of the shared memory asked for (the launch is given up)
 //   input          a write to an input
 //   twice          an output byte written twice
@@ -52,14 +54,19 @@ shim_switch:
 
 namespace {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr int kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024;
 constexpr size_t kStack = 128 * 1024, kMaxShared = 256 * 1024;
 constexpr uint16_t kNobody = 0xffff, kSeveral = 0xfffe;
+// What is known of a word on a thread's stack: how many register fences the thread had passed when it wrote it, or that a product
+// is under way that writes or reads it.
+constexpr uint32_t kWrittenByProduct = 0, kAccumulating = 1, kMultiplying = 2, kFirstFence = 3;
 
 // One 2-byte cell of shared memory. An epoch is (block barriers passed, barriers this warp passed); both only grow.
 struct Cell {
     uint32_t write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
     uint16_t writer = kNobody, reader = kNobody, reader_warp = 0;
+    uint32_t write_fence = 0;  // the writer's proxy fences until then
+    uint16_t products = 0;     // warpgroup products under way that read it
     bool pending = false;
 };
 
@@ -87,7 +94,7 @@ struct Copy {
     int group;
 };
 
-enum class Wait { none, block, warp, shuffle, ldmatrix, mma, done };
+enum class Wait { none, block, warp, shuffle, ldmatrix, mma, wgmma, wgmma_wait, done };
 
 struct Operands {
     float value = 0, result = 0;
@@ -96,7 +103,28 @@ struct Operands {
     float* sums = nullptr;
     const uint32_t* a = nullptr;
     uint32_t address = 0, b0 = 0, b1 = 0;
-    int flag = 0;
+    int flag = 0, columns = 0, accumulate = 0;
+    uint64_t descriptor = 0;
+};
+
+// Accumulators of a warpgroup while products on them are under way: what is in them meanwhile is nobody's business.
+struct Hidden {
+    std::vector<float> sums;  // [64][columns]
+    int products = 0;
+};
+
+struct Product {
+    int group;
+    float* sums;  // of the warpgroup's first thread: the key of its Hidden
+    std::vector<float*> d;
+    std::vector<const uint32_t*> a;
+    int columns;
+    std::vector<uint32_t> cells;
+};
+
+struct Warpgroup {
+    std::vector<Product> products;
+    std::map<float*, Hidden> hidden;
 };
 
 struct Fiber {
@@ -107,11 +135,16 @@ struct Fiber {
     Operands operands;
     std::vector<Copy> copies;
     int groups = 0;
+    int products = 0;                    // groups of warpgroup products committed
+    uint32_t register_fences = kFirstFence;  // ever: a word of an earlier block is fenced
+    std::vector<uint32_t> proxy_fences;  // the block epoch of each
 };
 
 struct State {
     unsigned char* shared = nullptr;
     unsigned char* stacks = nullptr;
+    uint32_t* words = nullptr;  // of the stacks
+    Warpgroup warpgroups[kMaxThreads / kWarpgroup];
     std::vector<Cell> cells = std::vector<Cell>(kMaxShared / 2);
     Fiber fibers[kMaxThreads];
     uint32_t warp_epoch[kMaxThreads / kWarp] = {};
@@ -178,9 +211,11 @@ void write_cell(Cell& cell, const Where& pc, bool landing = false) {
         const bool several_here = cell.reader == kSeveral && cell.reader_warp == warp && cell.read_warp < S.warp_epoch[warp];
         if (!mine && !before && !several_here) report("race", pc, "write after another thread's read");
     }
+    if (cell.products) report("race", pc, "write to what a warpgroup product under way reads");
     cell.writer = static_cast<uint16_t>(me);
     cell.write_block = S.block_epoch;
     cell.write_warp = S.warp_epoch[warp];
+    cell.write_fence = static_cast<uint32_t>(S.fibers[me].proxy_fences.size());
 }
 
 constexpr uint16_t kManyWarps = 0xffff;
@@ -224,9 +259,22 @@ Range* find_range(const unsigned char* p, int bytes) {
     return nullptr;
 }
 
+uint32_t& stack_word(const void* p) { return S.words[(static_cast<const unsigned char*>(p) - S.stacks) / 4]; }
+
 void access(const void* address, int bytes, bool write, const Where& pc) {
     const auto* p = static_cast<const unsigned char*>(address);
-    if (inside(p, S.stacks + S.current * kStack, kStack)) return;
+    if (inside(p, S.stacks + S.current * kStack, kStack)) {
+        for (const unsigned char* word = p - reinterpret_cast<uintptr_t>(p) % 4; word < p + bytes; word += 4) {
+            uint32_t& state = stack_word(word);
+            if (state == kAccumulating)
+                report("pending", pc, "use of accumulators that a warpgroup product is still to write");
+            else if (write && state == kMultiplying)
+                report("pending", pc, "write to registers that a warpgroup product under way reads");
+            else if (write)
+                state = S.fibers[S.current].register_fences;
+        }
+        return;
+    }
     // The launch's parameters lie on the stack of the thread that launches.
     if (!write && p >= S.host_stack && p < S.host_stack + 64 * 1024) return;
     if (reinterpret_cast<uintptr_t>(p) % bytes) report("misaligned", pc, std::to_string(bytes) + " bytes");
@@ -310,7 +358,6 @@ void run_ldmatrix(int warp) {
         for (int i = 0; i < 8; i++) read_cell(S.cells[at / 2 + i], where);
         std::memcpy(matrix[lane / 8][lane % 8], S.shared + at, 16);
     }
-    S.current = saved;
     for (int lane = 0; lane < kWarp; lane++) {
         const bool transposed = lanes[lane].operands.flag;
         const int row = lane / 4, column = lane % 4 * 2;
@@ -319,7 +366,10 @@ void run_ldmatrix(int warp) {
             const uint32_t high = transposed ? matrix[m][column + 1][row] : matrix[m][row][column + 1];
             lanes[lane].operands.words[m] = low | high << 16;
         }
+        S.current = warp * kWarp + lane;
+        for (int m = 0; m < 4; m++) access(lanes[lane].operands.words + m, 4, true, {0, lanes[lane].file, lanes[lane].line});
     }
+    S.current = saved;
 }
 
 void run_mma(int warp) {
@@ -343,6 +393,154 @@ void run_mma(int warp) {
             for (int j = 0; j < 8; j++) c[i][j] += a[i][k] * b[k][j];
     for (int lane = 0; lane < kWarp; lane++)
         for (int i = 0; i < 4; i++) lanes[lane].operands.sums[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+// A K-major matrix of `columns` rows by 16 as its descriptor says, and the cells it takes.
+bool read_matrix(uint64_t descriptor, int columns, bool bf16, const Where& where, std::vector<float>& matrix, std::vector<uint32_t>& cells) {
+    const uint32_t start = (descriptor & 0x3fff) << 4, units = (descriptor >> 16 & 0x3fff) << 4, rows = (descriptor >> 32 & 0x3fff) << 4;
+    const int mode = static_cast<int>(descriptor >> 62);
+    // Bytes of a row: 16 without a swizzle, or what its pattern is named after.
+    const uint32_t pitch = mode == 0 ? 16 : 256u >> mode, pattern = pitch * 8;
+    if (descriptor >> 49 & 7 || descriptor >> 52 & 0x3ff || (mode && rows % pattern)) {
+        report("descriptor", where, "base offset, reserved bits or rows across the swizzle's pattern");
+        return false;
+    }
+    matrix.resize(columns * 16);
+    for (int n = 0; n < columns; n++) {
+        for (int k = 0; k < 16; k++) {
+            uint32_t at = start + n / 8 * rows + n % 8 * pitch + k / 8 * (mode ? 16 : units) + k % 8 * 2;
+            // Bits 4 and up, as many as number the 16-byte units of a row, with bits 7 and up.
+            if (mode) at ^= (at >> 3) & (pitch - 16);
+            if (at + 2 > S.shared_bytes) {
+                report("bounds", where, "warpgroup product of shared memory at " + std::to_string(at) + " of " + std::to_string(S.shared_bytes));
+                S.gave_up = true;
+                return false;
+            }
+            Cell& cell = S.cells[at / 2];
+            if (cell.pending) {
+                report("pending", where, "warpgroup product of where a cp.async is still to land");
+            } else if (cell.writer == kNobody || cell.write_block < S.first_epoch) {
+                report("unwritten", where, "warpgroup product of shared memory that this block has not written");
+            } else {
+                const auto& fences = S.fibers[cell.writer].proxy_fences;
+                if (cell.write_block == S.block_epoch)
+                    report("race", where, "warpgroup product after thread " + std::to_string(cell.writer) + "'s write");
+                else if (cell.write_fence >= fences.size() || fences[cell.write_fence] == S.block_epoch)
+                    report("unfenced", where, "no proxy fence between thread " + std::to_string(cell.writer) + "'s write and the barrier");
+            }
+            cells.push_back(at / 2);
+            uint16_t bits;
+            std::memcpy(&bits, S.shared + at, 2);
+            matrix[n * 16 + k] = half_value(bits, bf16);
+        }
+    }
+    return true;
+}
+
+void run_wgmma(int first) {
+    Fiber* threads = S.fibers + first;
+    Warpgroup& warpgroup = S.warpgroups[first / kWarpgroup];
+    const Operands& leader = threads[0].operands;
+    const Where where{0, threads[0].file, threads[0].line};
+    const bool bf16 = leader.flag;
+    const int columns = leader.columns;
+    const int saved = S.current;
+    for (int t = 0; t < kWarpgroup; t++) {
+        const Operands& o = threads[t].operands;
+        if (o.descriptor != leader.descriptor || o.accumulate != leader.accumulate || threads[t].products != threads[0].products)
+            report("divergent", where, "the threads of a warpgroup give different descriptors or groups");
+    }
+    Product product{threads[0].products, leader.sums, {}, {}, columns, {}};
+    std::vector<float> b, a(64 * 16);
+    if (!read_matrix(leader.descriptor, columns, bf16, where, b, product.cells)) return;
+    Hidden& hidden = warpgroup.hidden[leader.sums];
+    const bool begins = hidden.products == 0;
+    hidden.sums.resize(64 * columns);
+    for (int t = 0; t < kWarpgroup; t++) {
+        S.current = first + t;
+        const Operands& o = threads[t].operands;
+        const uint32_t unfenced = threads[t].register_fences;
+        const int row = t / kWarp * 16 + t % kWarp / 4, column = t % 4 * 2;
+        for (int i = 0; i < 4; i++) {
+            uint32_t& state = stack_word(o.a + i);
+            if (state == kAccumulating) report("pending", where, "product of what another one is still to write");
+            if (state == unfenced) report("unfenced", where, "no register fence after the first operand was written");
+            state = kMultiplying;
+            for (int half = 0; half < 2; half++) a[(row + i % 2 * 8) * 16 + column + i / 2 * 8 + half] = half_value(o.a[i] >> 16 * half, bf16);
+        }
+        for (int i = 0; i < columns / 2; i++) {
+            uint32_t& state = stack_word(o.sums + i);
+            if (begins) {
+                if (state == unfenced) report("unfenced", where, "no register fence after the accumulators were written");
+                hidden.sums[(row + i / 2 % 2 * 8) * columns + i / 4 * 8 + column + i % 2] = o.sums[i];
+                std::memset(o.sums + i, 0xff, 4);
+            }
+            state = kAccumulating;
+        }
+        product.a.push_back(o.a);
+        product.d.push_back(o.sums);
+    }
+    S.current = saved;
+    if (!leader.accumulate) std::fill(hidden.sums.begin(), hidden.sums.end(), 0.0f);
+    std::vector<float> transposed(16 * columns);
+    for (int n = 0; n < columns; n++)
+        for (int k = 0; k < 16; k++) transposed[k * columns + n] = b[n * 16 + k];
+    for (int i = 0; i < 64; i++) {
+        float* sums = hidden.sums.data() + i * columns;
+        for (int k = 0; k < 16; k++) {
+            const float* by = transposed.data() + k * columns;
+            const float factor = a[i * 16 + k];
+            for (int j = 0; j < columns; j++) sums[j] += factor * by[j];
+        }
+    }
+    hidden.products++;
+    for (uint32_t cell : product.cells) S.cells[cell].products++;
+    warpgroup.products.push_back(std::move(product));
+}
+
+// Its registers are ordinary ones again.
+void forget(const Product& product) {
+    for (int t = 0; t < kWarpgroup; t++) {
+        for (int i = 0; i < 4; i++) stack_word(product.a[t] + i) = kWrittenByProduct;
+        for (int i = 0; i < product.columns / 2; i++) stack_word(product.d[t] + i) = kWrittenByProduct;
+    }
+}
+
+// Finishes the warpgroup's products but those of the latest groups.
+void run_wgmma_wait(int first) {
+    Warpgroup& warpgroup = S.warpgroups[first / kWarpgroup];
+    const int pending = S.fibers[first].operands.lanes;
+    std::vector<Product> kept;
+    for (Product& product : warpgroup.products) {
+        if (product.group >= S.fibers[first].products - pending) {
+            kept.push_back(std::move(product));
+            continue;
+        }
+        for (int t = 0; t < kWarpgroup; t++)
+            for (int i = 0; i < 4; i++) stack_word(product.a[t] + i) = kWrittenByProduct;
+        // Whoever writes there next has to meet all threads of the warpgroup in a barrier.
+        for (uint32_t at : product.cells) {
+            Cell& cell = S.cells[at];
+            cell.products--;
+            cell.reader = kSeveral, cell.reader_warp = kManyWarps;
+            cell.read_block = S.block_epoch, cell.read_warp = 0;
+        }
+        Hidden& hidden = warpgroup.hidden[product.sums];
+        if (--hidden.products) continue;
+        for (int t = 0; t < kWarpgroup; t++) {
+            const int row = t / kWarp * 16 + t % kWarp / 4, column = t % 4 * 2;
+            for (int i = 0; i < product.columns / 2; i++) {
+                product.d[t][i] = hidden.sums[(row + i / 2 % 2 * 8) * product.columns + i / 4 * 8 + column + i % 2];
+                stack_word(product.d[t] + i) = kWrittenByProduct;
+            }
+        }
+        warpgroup.hidden.erase(product.sums);
+    }
+    warpgroup.products = std::move(kept);
+    // Registers that a product still under way reads too.
+    for (const Product& product : warpgroup.products)
+        for (int t = 0; t < kWarpgroup; t++)
+            for (int i = 0; i < 4; i++) stack_word(product.a[t] + i) = kMultiplying;
 }
 
 void run_shuffle(int warp) {
@@ -386,6 +584,8 @@ bool meet(int first, int count) {
         case Wait::shuffle: run_shuffle(warp); break;
         case Wait::ldmatrix: run_ldmatrix(warp); break;
         case Wait::mma: run_mma(warp); break;
+        case Wait::wgmma: run_wgmma(first); break;
+        case Wait::wgmma_wait: run_wgmma_wait(first); break;
         default: return false;
     }
     for (int i = 0; i < count; i++) S.fibers[first + i].waiting = Wait::none;
@@ -404,6 +604,7 @@ void fiber_main() {
     S.body(S.params);
     Fiber& fiber = S.fibers[S.current];
     if (!fiber.copies.empty()) report("pending", {}, "the thread ended before its cp.async landed");
+    if (!S.warpgroups[S.current / kWarpgroup].products.empty()) report("pending", {}, "the thread ended before its warpgroup products");
     fiber.waiting = Wait::done;
     to_main();
     __builtin_unreachable();
@@ -421,7 +622,8 @@ void run_block() {
         Fiber& fiber = S.fibers[t];
         fiber.waiting = Wait::none;
         fiber.copies.clear();
-        fiber.groups = 0;
+        fiber.groups = fiber.products = 0;
+        fiber.proxy_fences.clear();
         auto* top = reinterpret_cast<uint64_t*>(S.stacks + (t + 1) * kStack) - 2;
         *top = reinterpret_cast<uint64_t>(&fiber_main);
         std::memset(top - 6, 0, 48);
@@ -429,7 +631,11 @@ void run_block() {
     }
     // What an earlier block left in shared memory must not look like this block's.
     std::memset(S.shared, 0xff, S.shared_bytes);
-    for (size_t i = 0; i < S.shared_bytes / 2; i++) S.cells[i].pending = false;
+    for (size_t i = 0; i < S.shared_bytes / 2; i++) S.cells[i].pending = false, S.cells[i].products = 0;
+    for (Warpgroup& warpgroup : S.warpgroups) {
+        for (const Product& product : warpgroup.products) forget(product);
+        warpgroup = {};
+    }
     S.first_epoch = ++S.block_epoch;
     for (auto& epoch : S.warp_epoch) epoch++;
 
@@ -454,7 +660,11 @@ void run_block() {
                     if (S.gave_up) return;
                 }
                 const Wait why = S.fibers[w * kWarp].waiting;
-                if (why != Wait::block && why != Wait::done) again = meet(w * kWarp, kWarp);
+                if (why == Wait::wgmma || why == Wait::wgmma_wait)
+                    again = (w / 4 + 1) * kWarpgroup <= S.threads && meet(w / 4 * kWarpgroup, kWarpgroup);
+                else if (why != Wait::block && why != Wait::done)
+                    again = meet(w * kWarp, kWarp);
+                moved |= again;
                 if (S.gave_up) return;
             }
         }
@@ -522,6 +732,22 @@ void shim_cp_async(void* to, const void* from, int bytes, int valid) {
 void shim_cp_async_commit() { S.fibers[S.current].groups++; }
 void shim_cp_async_wait(int pending) { land(S.fibers[S.current], pending); }
 
+void shim_wgmma(float* d, int columns, const uint32_t* a, unsigned long long b, int bf16, int accumulate, const char* file, int line) {
+    Operands& o = S.fibers[S.current].operands;
+    o.sums = d, o.columns = columns, o.a = a, o.descriptor = b, o.flag = bf16, o.accumulate = accumulate;
+    stop(Wait::wgmma, file, line);
+}
+
+void shim_wgmma_fence() { S.fibers[S.current].register_fences++; }
+void shim_wgmma_commit() { S.fibers[S.current].products++; }
+
+void shim_wgmma_wait(int pending, const char* file, int line) {
+    S.fibers[S.current].operands.lanes = pending;
+    stop(Wait::wgmma_wait, file, line);
+}
+
+void shim_fence_proxy_async() { S.fibers[S.current].proxy_fences.push_back(S.block_epoch); }
+
 int shim_launch(void (*body)(const void*), const void* params, long long grid_x, int grid_y, int threads, size_t shared) {
     if (threads % kWarp || threads > kMaxThreads || shared > kMaxShared) {
         report("bounds", {}, "launch with " + std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes shared");
@@ -531,6 +757,7 @@ int shim_launch(void (*body)(const void*), const void* params, long long grid_x,
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
         S.shared = static_cast<unsigned char*>(mmap(nullptr, kMaxShared, PROT_READ | PROT_WRITE, flags, -1, 0));
         S.stacks = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
+        S.words = static_cast<uint32_t*>(mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
     }
     S.body = body, S.params = params, S.threads = threads, S.shared_bytes = shared;
     S.most_shared = std::max(S.most_shared, shared);

@@ -24,6 +24,11 @@ void shim_mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, int bf16, c
 void shim_cp_async(void* to, const void* from, int bytes, int valid);
 void shim_cp_async_commit();
 void shim_cp_async_wait(int pending);
+void shim_wgmma(float* d, int columns, const uint32_t* a, unsigned long long b, int bf16, int accumulate, const char* file, int line);
+void shim_wgmma_fence();
+void shim_wgmma_commit();
+void shim_wgmma_wait(int pending, const char* file, int line);
+void shim_fence_proxy_async();
 int shim_launch(void (*body)(const void*), const void* params, long long grid_x, int grid_y, int threads, size_t shared);
 }
 
@@ -58,6 +63,26 @@ LK_DEVICE void cp_async_commit() { shim_cp_async_commit(); }
 template <int PENDING>
 LK_DEVICE void cp_async_wait() {
     shim_cp_async_wait(PENDING);
+}
+
+constexpr bool kWarpgroupProducts = true;
+LK_DEVICE void refuse() {}
+LK_DEVICE void wgmma_fence() { shim_wgmma_fence(); }
+LK_DEVICE void wgmma_commit() { shim_wgmma_commit(); }
+template <int PENDING>
+LK_DEVICE void wgmma_wait(LK_HERE) {
+    shim_wgmma_wait(PENDING, file, line);
+}
+template <int N>
+LK_DEVICE void wgmma_settle(float (&)[N][4]) {}
+LK_DEVICE void fence_proxy_async() { shim_fence_proxy_async(); }
+template <int N>
+LK_DEVICE void wgmma(half_t, float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, LK_HERE) {
+    shim_wgmma(d[0], 8 * N, a, b, 0, accumulate, file, line);
+}
+template <int N>
+LK_DEVICE void wgmma(bf16_t, float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, LK_HERE) {
+    shim_wgmma(d[0], 8 * N, a, b, 1, accumulate, file, line);
 }
 
 inline __attribute__((always_inline)) uint32_t float_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
