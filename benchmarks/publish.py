@@ -105,6 +105,7 @@ def _provenance(run: dict[str, Any]) -> Iterator[str]:
     missing = [name for name in wanted if run.get(name) is None]
     if missing:
         yield f"provenance lacks {', '.join(missing)}"
+        return
     if run.get("dirty") is not False:
         yield f"measured files differed from commit {str(run.get('commit'))[:12]}: commit first, then measure"
     if not re.fullmatch(r"[0-9a-f]{40}", str(run.get("commit"))):

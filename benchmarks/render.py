@@ -352,9 +352,10 @@ kind is filled for every device there are results of."""
 DEVICES = ("cpu", "gpu")
 
 
-def committed(folder: Path = RESULTS) -> dict[str, Results]:
+def committed(folder: Path | None = None) -> dict[str, Results]:
     """The results of every device, by the name of its folder."""
-    found = {path.name: sorted(path.glob("*.jsonl")) for path in sorted(folder.iterdir()) if path.is_dir()}
+    devices = (path for path in sorted((folder or RESULTS).iterdir()) if path.is_dir())
+    found = {path.name: sorted(path.glob("*.jsonl")) for path in devices}
     return {name: rows.read(*paths) for name, paths in found.items() if paths}
 
 
@@ -382,12 +383,12 @@ def filled(text: str, results: Iterable[Results]) -> str:
     return _MARKERS.sub(fill, text)
 
 
-def render(documents: Iterable[Path] = DOCUMENTS, folder: Path = RESULTS, check: bool = False) -> list[Path]:
+def render(documents: Iterable[Path] | None = None, folder: Path | None = None, check: bool = False) -> list[Path]:
     """Write the marked places of the documents.
 
     Args:
-        documents: Markdown files; missing ones are passed over.
-        folder: of the results, with a folder for each device.
+        documents: Markdown files, default :data:`DOCUMENTS`; missing ones are passed over.
+        folder: of the results, with a folder for each device; default :data:`RESULTS`.
         check: change nothing.
 
     Returns:
@@ -395,7 +396,7 @@ def render(documents: Iterable[Path] = DOCUMENTS, folder: Path = RESULTS, check:
     """
     results = committed(folder).values()
     stale = []
-    for path in documents:
+    for path in documents or DOCUMENTS:
         if path.exists():
             text = path.read_text()
             new = filled(text, results)
