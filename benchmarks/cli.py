@@ -14,7 +14,10 @@ import torch
 import lowformer
 
 from . import ceilings, compare, gpu, plans, publish, render, report, rows, runner
+from .experiments import EXPERIMENTS, FULL, TINY
+from .experiments import QUICK as QUICK_SCALE
 from .plans import Choice, Item
+from .plots import pictures
 from .provenance import ROOT
 from .subjects import Layer, layers_of
 from .timing import QUICK, SMOKE, Effort
@@ -66,6 +69,19 @@ def _parser() -> argparse.ArgumentParser:
     command = add("render", "Write the tables of committed results into README.md and docs/benchmarks.md.")
     command.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
     command.add_argument("--results", type=Path, help="print a report of this folder instead")
+
+    command = add("experiment", "An experiment of the papers behind this library: rows, and a table of them.")
+    command.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=f"{', '.join(EXPERIMENTS)} or all")
+    _common(command)
+    amount = command.add_mutually_exclusive_group()
+    amount.add_argument("--quick", action="store_true", help="a smaller grid: each experiment takes a CPU about two minutes")
+    amount.add_argument("--smoke", action="store_true", help="tiny subjects, to see that everything runs")
+    command.add_argument("--seconds", type=float, help="time limit of each experiment; what does not fit is named in the results")
+
+    command = add("plot", "Draw the pictures of committed results for the documents.")
+    command.add_argument("--results", type=Path, default=render.RESULTS, help="folder with a folder of results for each device")
+    command.add_argument("--out", type=Path, default=pictures.PICTURES, help="folder for the SVG files, default %(default)s")
+    command.add_argument("--check", action="store_true", help="change nothing; fail if a picture is out of date")
 
     command = add("report", "Make one HTML page of a folder of results.")
     command.add_argument("results", type=Path, metavar="DIR", help="folder with the results files of one device")
@@ -128,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "add": _add,
         "check": _check,
         "ceilings": _ceilings,
+        "experiment": _experiment,
+        "plot": _plot,
         "stage": _stage,
     }[args.command](args)
 
@@ -294,6 +312,28 @@ def _check(args: argparse.Namespace) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    scale = TINY if args.smoke else QUICK_SCALE if args.quick else FULL
+    names = list(EXPERIMENTS) if "all" in args.names else args.names
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        _say(experiment.title)
+        path = experiment.run(args.device, args.out, scale, args.seconds, _say)
+        print(f"## {experiment.title}\n\n{experiment.report(rows.read(path).experiments[name])}\n\nwritten to {path}\n")
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    try:
+        changed = pictures.write(args.results, args.out, check=args.check)
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for path in changed:
+        print(f"{path} {'is out of date' if args.check else 'written'}")
+    return 1 if changed and args.check else 0
 
 
 def _ceilings(args: argparse.Namespace) -> int:

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowkernels.dispatch import AUTO
+
 from . import render
 from .provenance import ROOT, cache_bytes
-from .rivals import channels_last
+from .rivals import Built, contenders, ours_name
 from .subjects import Layer, Subject, layer_subject, model_subject
 from .timing import Effort, Turn, repetitions_for
 
@@ -40,6 +42,7 @@ class Task:
     Attributes:
         layer: fields of the layer, or None for a model.
         name, size, batch, dtype, device: as of a subject.
+        contender: who computes it; a process keeps one subject for each.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Task:
     dtype: str
     device: str
     layer: dict[str, Any] | None = None
+    contender: str = ours_name(AUTO)
 
     def subject(self) -> Subject:
         dtype = getattr(torch, self.dtype)
@@ -166,22 +170,42 @@ class Worker:
             env=environment,
         )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request and its answer.
 
         Raises:
             RuntimeError: the process has ended, or could not do it.
         """
+        self.tell(**request)
+        return self.hear()
+
+    def tell(self, **request: Any) -> None:
+        """One request, whose answer is to be heard.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise RuntimeError(f"the process of this commit ended with status {self._process.wait()}") from None
+            raise RuntimeError(f"the process ended with status {self._process.wait()}") from None
+
+    def hear(self) -> dict[str, Any]:
+        """The answer to the request told last.
+
+        Raises:
+            RuntimeError: the process has ended, or could not do it.
+        """
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of this commit ended with status {self._process.wait()}")
+            raise RuntimeError(f"the process ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
             raise RuntimeError(answer["failed"])
@@ -201,42 +225,46 @@ def serve(lines: Any, answer: Callable[[dict[str, Any]], None]) -> None:
     """What a worker process does."""
     from .runner import clock_for
 
-    calls: list[Callable[[], Any]] = []
+    calls: dict[str, list[Callable[[], Any]]] = {}
     clock: Any = None
     for line in lines:
         request = json.loads(line)
         try:
             if "task" in request:
                 task = Task(**request["task"])
-                clock, calls = clock_for(task.device), []
-                calls = _calls(task.subject())
-                answer({"seconds": clock.turn(calls, 1).seconds})
+                clock = clock_for(task.device)
+                calls.pop(task.contender, None)
+                calls[task.contender], about = _calls(task.subject(), task.contender)
+                answer({"seconds": clock.turn(calls[task.contender], 1).seconds, **about})
             else:
-                with torch.no_grad():
-                    answer(clock.turn(calls, request["repetitions"])._asdict())
+                turn = clock.turn(calls[request.get("contender", ours_name(AUTO))], request["repetitions"])
+                answer(turn._asdict())
         except Exception as error:
             answer({"failed": f"{type(error).__name__}: {error}"})
 
 
-def _calls(subject: Subject) -> list[Callable[[], Any]]:
+def _calls(subject: Subject, name: str) -> tuple[list[Callable[[], Any]], dict[str, Any]]:
+    """Calls of a contender on the subject's inputs; its error, the budget of that, and what served it."""
     from .measure import Truth
 
+    (contender,) = (c for c in contenders() if c.name == name)
     truth = Truth(subject)
     with torch.no_grad():
-        run, _ = subject.ours("auto")
-        inputs = [channels_last(x) for x in subject.inputs]
-        error = truth.error(run(inputs[0]))
+        built = contender.build(subject)
+        inputs = [built.prepare(x) for x in subject.inputs]
+        error = truth.error(built.result(built.run(inputs[0])))
     if not error.within(truth.budget):
         raise ValueError(f"wrong result: {error}, allowed {truth.budget}")
+    about = {"error": {**asdict(error), **{f"{k}_budget": v for k, v in asdict(truth.budget).items()}}}
+    return [_call(built, x) for x in inputs], {**about, "served": None if built.served is None else built.served()}
 
-    def call(x: torch.Tensor) -> Callable[[], Any]:
-        def once() -> Any:
-            with torch.no_grad():
-                return run(x)
 
-        return once
+def _call(built: Built, x: Any) -> Callable[[], Any]:
+    def once() -> Any:
+        with torch.no_grad():
+            return built.run(x)
 
-    return [call(x) for x in inputs]
+    return once
 
 
 def run_rounds(workers: Sequence[Any], task: Task, effort: Effort, shuffle: random.Random) -> list[list[Turn]]:

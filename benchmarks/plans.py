@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -40,11 +41,13 @@ class Item:
         key: that of the subject it makes, known before.
         make: makes it, from the size of the device's second-level cache.
         left_out: contenders that sit out, by name, with the reason.
+        point: where in an experiment it stands; goes into its rows.
     """
 
     key: tuple[str, str, int, int, str]
     make: Callable[[int], Subject]
     left_out: dict[str, str] = field(default_factory=dict)
+    point: dict[str, Any] | None = None
 
 
 def without(reason: str, *costs: str, besides: Sequence[str] = ()) -> dict[str, str]:

@@ -38,11 +38,23 @@ def session_for(
     return Session(device, clock_for(device), effort, {}, contenders(), time_left)
 
 
-def results_file(out: Path, suite: str, dtypes: Sequence[str], session: Session) -> Path:
-    """The file a suite writes to, with the provenance of what this process will add to it."""
-    run = provenance.describe(session.device, session.clock.source)
+def results_file(
+    out: Path,
+    suite: str,
+    dtypes: Sequence[str],
+    session: Session,
+    experiment: str | None = None,
+    seen_by: str | None = None,
+) -> Path:
+    """The file a suite, or an experiment, writes to, with the provenance of what this process will add to it.
+
+    ``seen_by`` says what disturbances are seen by, if not by the session's clock.
+    """
+    run = provenance.describe(session.device, seen_by or session.clock.source)
+    if experiment is not None:
+        run["experiment"] = experiment
     path = out / rows.file_name(suite, dtypes, run)
-    known = rows.read(path).runs if path.exists() else []
+    known = [r for part in _parts(path) for r in part.runs] if path.exists() else []
     if not known or not rows.same_origin(run, known[-1]):
         writer = rows.Writer(path)
         writer.write(run)
@@ -86,7 +98,12 @@ def ended(path: Path, stage: str = "") -> set[tuple[Any, ...]]:
 
 def _notes(path: Path, stage: str) -> list[dict[str, Any]]:
     kinds = ("started", "ended", "unmeasured")
-    return [f for f in rows.read(path).other if f["kind"] in kinds and f["stage"] == stage]
+    return [f for part in _parts(path) for f in part.other if f["kind"] in kinds and f["stage"] == stage]
+
+
+def _parts(path: Path) -> list[rows.Results]:
+    found = rows.read(path)
+    return [found, *found.experiments.values()]
 
 
 def memory_needed(subject: Subject) -> int:
@@ -142,6 +159,8 @@ def run_items(
                 continue
             ensure_ceilings(subject.dtype, session, writer, small)
             found = measure(subject, session, item.left_out)
+            for row in found:
+                row.point = item.point
         except Exception as error:
             unmeasured(item.key, f"{type(error).__name__}: {error}"[:300])
             say(f"{name}: {type(error).__name__}: {error}")

@@ -100,11 +100,32 @@ def layer_of(operator: str, args: tuple[Any, ...]) -> Layer | None:
     return replace(layer, kernel_size=spatial.shape[2], hidden=spatial.shape[0], act=named["act"])
 
 
+@dataclass(frozen=True)
+class Variation:
+    """A LowFormer that is not one of the published ones.
+
+    Attributes:
+        name: what it is called after the model's name.
+        change: makes it, in place, from a published one of plain PyTorch blocks whose weights may still be of any value.
+    """
+
+    name: str
+    change: Callable[[nn.Module], None]
+
+
+def plain_network(model: str, variation: Variation | None = None) -> nn.Module:
+    """A LowFormer of plain PyTorch blocks."""
+    network = lowformer.create_model(model, kernels="eager")
+    if variation is not None:
+        variation.change(network)
+    return network
+
+
 @functools.cache
-def blocks_of(model: str, size: int, batch: int, dtype: torch.dtype) -> tuple[costs.Block, ...]:
+def blocks_of(model: str, size: int, batch: int, dtype: torch.dtype, variation: Variation | None = None) -> tuple[costs.Block, ...]:
     """Every operator call and linear layer of one forward pass of a LowFormer, in order, without data."""
     with torch.device("meta"):
-        network = lowformer.create_model(model).eval().to(dtype)
+        network = use_kernels(plain_network(model, variation)).eval().to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
     return tuple(costs.record(network, (batch, 3, size, size), dtype))
@@ -314,13 +335,13 @@ def layer_subject(layer: Layer, batch: int, dtype: torch.dtype, device: str, cac
 
 
 @functools.lru_cache(maxsize=2)
-def weights_of(model: str) -> dict[str, Tensor]:
+def weights_of(model: str, variation: Variation | None = None) -> dict[str, Tensor]:
     """Random weights of a LowFormer whose BatchNorms have the statistics of what they see, so that values keep a size around one
     to the end and an error in any folded statistic or bias shows."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = lowformer.create_model(model, kernels="eager")
+        network = plain_network(model, variation)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -338,7 +359,15 @@ def served_by(network: nn.Module) -> dict[str, int]:
     return dict(Counter(call[0].backend for call in calls if call is not None))
 
 
-def model_subject(model: str, size: int, batch: int, dtype: torch.dtype, device: str, cache_bytes: int) -> Subject:
+def model_subject(
+    model: str,
+    size: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    cache_bytes: int,
+    variation: Variation | None = None,
+) -> Subject:
     """One LowFormer as a subject."""
     generator = torch.Generator().manual_seed(2)
     shape = (batch, 3, size, size)
@@ -346,8 +375,8 @@ def model_subject(model: str, size: int, batch: int, dtype: torch.dtype, device:
     inputs = [torch.randn(shape, generator=generator).to(dtype).to(device) for _ in range(count)]
 
     def plain() -> nn.Module:
-        network = lowformer.create_model(model, kernels="eager")
-        network.load_state_dict(weights_of(model))
+        network = plain_network(model, variation)
+        network.load_state_dict(weights_of(model, variation))
         return network.eval().to(dtype).to(device)
 
     def ours(backend: str) -> tuple[Callable[[Tensor], Tensor], Callable[[], dict[str, int]]]:
@@ -355,13 +384,13 @@ def model_subject(model: str, size: int, batch: int, dtype: torch.dtype, device:
         network = module_channels_last(use_kernels(plain(), backend=backend))
         return network, lambda: served_by(network)
 
-    recorded = blocks_of(model, size, batch, dtype)
+    recorded = blocks_of(model, size, batch, dtype, variation)
     lengths = [
         OPERATORS[b.operator].accumulation_length(*b.args) if b.operator in OPERATORS else b.args[1].shape[0] for b in recorded
     ]
     return Subject(
         "model",
-        model,
+        model if variation is None else f"{model}, {variation.name}",
         size,
         batch,
         dtype,

@@ -42,11 +42,15 @@ class Picture:
     about: str
     experiment: str | None = None
 
+    def part(self, results: Results) -> Results:
+        """What it is drawn from, of all the results of a device; nothing, where the experiment was not run."""
+        return results if self.experiment is None else results.experiments.get(self.experiment, Results())
+
     def __call__(self, results: Results) -> Figure:
         """Draw it.
 
         Args:
-            results: of one device; of the experiment, for a picture of one.
+            results: what :meth:`part` gives.
 
         Raises:
             Missing: the rows that it needs are not there.
@@ -107,10 +111,8 @@ def ceilings(results: Results, dtype: str) -> tuple[float, float]:
 def figures(results: Results) -> Iterator[tuple[Picture, Figure]]:
     """Every picture that the results of a device, its experiments included, have the rows for."""
     for picture in PLOTS.values():
-        part = results if picture.experiment is None else results.experiments.get(picture.experiment)
-        if part is not None:
-            try:
-                figure = picture(part)
-            except Missing:
-                continue
-            yield picture, figure
+        try:
+            figure = picture(picture.part(results))
+        except Missing:
+            continue
+        yield picture, figure

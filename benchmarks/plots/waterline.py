@@ -98,7 +98,7 @@ def draw(results: Results) -> Figure:
     _legend(panels[1])
     text = (
         f"{SIZE} px, batch {batch}, {rows.SHORT_DTYPES[dtype]}. "
-        f"Attainable: the slower of arithmetic at {peak / 1e12:.3g} TFLOP/s and traffic at {copy / 1e9:.3g} GB/s, both measured in the same run"
+        f"Attainable: the slower of arithmetic at {peak / 1e12:.3g} TFLOP/s and traffic at {copy / 1e9:.3g} GB/s, as measured"
     )
     if top > peak / 1e12:
         text += "\nOperations are those of the direct convolution; Winograd's way takes fewer, so that it can exceed the peak"
