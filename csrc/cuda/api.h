@@ -26,6 +26,18 @@ struct SeparableConv {
     bool residual;
 };
 
+struct ConvAct {
+    Geometry g;  // its tile is not looked at
+    int images;  // of one CTA, where it pools
+    const void* x;
+    const void* weight;  // fragments, depth = (tap row, tap column, channel) rounded up to 16
+    const float* bias;   // [co rounded up to whole groups]
+    const void* residual;  // as out before pooling, or null
+    void* out;             // [n][ho][wo][co], or [n][co] with pool
+    int act;
+    bool pool;
+};
+
 struct MBConv {
     Geometry g;
     int expanded;  // rounded up to whole chunks
@@ -56,6 +68,7 @@ struct Lowtention {
 };
 
 extern "C" {
+int lowkernels_conv_act(const ConvAct& p, Dtype dtype, int config, void* stream);
 int lowkernels_separable_conv(const SeparableConv& p, Dtype dtype, int config, void* stream);
 int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream);
 // Its shape follows from its arguments; the configuration is not looked at.

@@ -159,6 +159,33 @@ void separable_conv(Tensor x, Tensor dw, Tensor dw_bias, Tensor pw, Tensor pw_bi
     call.check(lk::lowkernels_separable_conv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
 }
 
+void conv_act(Tensor x, Tensor weight, Tensor bias, std::vector<Tensor> residual, Tensor out, int64_t kernel, int64_t stride, int64_t padding,
+              int64_t act, bool pool, int64_t images, int64_t config) {
+    const Call call("lowkernels_cuda::conv_act", x);
+    auto extent = [](const Tensor& t, int i) { return static_cast<int>(t.size(i)); };
+    lk::ConvAct p{};
+    p.g.n = extent(x, 0), p.g.c = extent(x, 1), p.g.h = extent(x, 2), p.g.w = extent(x, 3), p.g.co = extent(out, 1);
+    p.g.kernel = static_cast<int>(kernel), p.g.stride = static_cast<int>(stride), p.g.padding = static_cast<int>(padding);
+    p.g.ho = (p.g.h + 2 * p.g.padding - p.g.kernel) / p.g.stride + 1, p.g.wo = (p.g.w + 2 * p.g.padding - p.g.kernel) / p.g.stride + 1;
+    STD_TORCH_CHECK(images > 0, "lowkernels_cuda::conv_act: argument images: is ", images, "; allowed is 1 or more");
+    STD_TORCH_CHECK(out.size(0) == p.g.n && out.size(2) == (pool ? 1 : p.g.ho) && out.size(3) == (pool ? 1 : p.g.wo),
+                    "lowkernels_cuda::conv_act: argument out: has not the shape of the result");
+    const int64_t depth = rounded_up(kernel * kernel * p.g.c, 16), columns = rounded_up(p.g.co, kGroup);
+    p.x = call.image(x, "x");
+    p.weight = call.weights(weight, "weight", depth * columns);
+    p.bias = call.floats(bias, "bias", columns);
+    STD_TORCH_CHECK(residual.size() <= 1, "lowkernels_cuda::conv_act: argument residual: has ", residual.size(), " tensors; allowed are 0 and 1");
+    if (!residual.empty()) {
+        const Tensor& r = residual[0];
+        STD_TORCH_CHECK(r.dim() == 4 && r.size(0) == p.g.n && r.size(1) == p.g.co && r.size(2) == p.g.ho && r.size(3) == p.g.wo,
+                        "lowkernels_cuda::conv_act: argument residual: has not the output's shape");
+        p.residual = call.image(r, "residual");
+    }
+    p.out = call.output(out);
+    p.act = static_cast<int>(act), p.pool = pool, p.images = static_cast<int>(images);
+    call.check(lk::lowkernels_conv_act(p, call.dtype(), static_cast<int>(config), call.stream()));
+}
+
 void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, Tensor out,
             int64_t kernel, int64_t stride, int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
     const Call call("lowkernels_cuda::mbconv", x);
@@ -223,6 +250,7 @@ void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lowkernels_cuda, LOWKERNELS_KEY, m) {
+    m.impl("conv_act", TORCH_BOX(&conv_act));
     m.impl("separable_conv", TORCH_BOX(&separable_conv));
     m.impl("mbconv", TORCH_BOX(&mbconv));
     m.impl("lowtention", TORCH_BOX(&lowtention));

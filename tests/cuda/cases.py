@@ -7,11 +7,33 @@ from typing import Any
 
 from lowkernels.ops.activations import ACTIVATIONS
 
-OPERATORS = ("separable_conv", "mbconv", "lowtention")
+OPERATORS = ("conv_act", "separable_conv", "mbconv", "lowtention")
 
 # What the kernels were made for, and what their tilings find hard: one pixel, one row, several images to a CTA, several passes
 # over the columns, windows with more rows than a CTA has, channels in halves of a vector.
 NAMED: dict[str, list[dict[str, Any]]] = {
+    "conv_act": [
+        {"channels": 1, "height": 1, "width": 1, "batch": 1},
+        {"channels": 3, "out_channels": 32, "height": 33, "width": 30, "stride": 2, "act": "hardswish"},
+        {"channels": 5, "out_channels": 33, "height": 9, "width": 8, "kernel_size": 7, "residual": True, "batch": 1},
+        {"channels": 20, "out_channels": 132, "height": 13, "width": 11, "act": "silu", "residual": True, "batch": 1},
+        {"channels": 64, "height": 10, "width": 7, "kernel_size": 5, "act": "relu", "batch": 3},
+        {
+            "channels": 264,
+            "out_channels": 200,
+            "height": 7,
+            "width": 7,
+            "kernel_size": 1,
+            "act": "hardswish",
+            "pool": True,
+            "batch": 3,
+        },
+        {"channels": 24, "out_channels": 100, "height": 5, "width": 5, "act": "gelu", "pool": True, "residual": True, "batch": 5},
+        {"channels": 12, "out_channels": 10, "height": 17, "width": 19, "pool": True, "batch": 2},
+        {"channels": 600, "out_channels": 50, "height": 1, "width": 1, "kernel_size": 1, "act": "gelu_tanh", "batch": 17},
+        {"channels": 776, "out_channels": 40, "height": 1, "width": 1, "kernel_size": 1, "pool": True, "batch": 2},
+        {"channels": 36, "out_channels": 24, "height": 12, "width": 12, "kernel_size": 1, "stride": 2, "padding": 0},
+    ],
     "separable_conv": [
         {"channels": 4, "height": 1, "width": 1, "batch": 1},
         {"channels": 128, "out_channels": 256, "height": 14, "width": 14},
@@ -71,6 +93,7 @@ def random_cases(operator: str, count: int) -> list[dict[str, Any]]:
                 "norm": pick([True, False]),
                 "num_heads": pick([1, 2, 4]),
                 "head_dim": pick([4, 8, 12, 20, 32, 40]),
+                "pool": seed % 3 == 0,
                 "seed": seed,
             }
         )

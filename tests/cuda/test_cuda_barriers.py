@@ -13,6 +13,10 @@ from tests.cuda import execution
 
 # Calls that meet all barriers of the operator's file between them.
 CALLS: dict[str, list[dict[str, Any]]] = {
+    "conv_act": [
+        {"channels": 8, "out_channels": 40, "height": 12, "width": 13, "pool": True, "batch": 1},
+        {"channels": 600, "out_channels": 20, "height": 1, "width": 1, "kernel_size": 1},
+    ],
     "separable_conv": [{"channels": 196, "out_channels": 100, "height": 9, "width": 6}],
     "mbconv": [{"channels": 20, "hidden": 132, "out_channels": 40, "height": 9, "width": 7}],
     "lowtention": [

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from lowkernels.backends.cuda import tiling
+from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import check_call, random_call
 from tests.cuda import execution
 
+CONV: dict[str, Any] = {"channels": 36, "out_channels": 68, "height": 9, "width": 7, "batch": 3, "residual": True}
 SEPARABLE: dict[str, Any] = {"channels": 132, "out_channels": 132, "height": 9, "width": 7, "batch": 3, "kernel_size": 5}
 MBCONV: dict[str, Any] = {"channels": 20, "hidden": 132, "out_channels": 132, "height": 9, "width": 7, "batch": 3}
 ATTENTION: dict[str, Any] = {
@@ -28,7 +30,7 @@ ATTENTION: dict[str, Any] = {
 PAIRS: dict[str, Any] = {"height": 5, "width": 6, "batch": 3}
 # An image that takes three launches.
 LARGE: dict[str, Any] = {"height": 18, "width": 15, "stride": 1, "channels": 12, "num_heads": 1, "batch": 1}
-CALLS = {"separable_conv": SEPARABLE, "mbconv": MBCONV, "lowtention": ATTENTION}
+CALLS = {"conv_act": CONV, "separable_conv": SEPARABLE, "mbconv": MBCONV, "lowtention": ATTENTION}
 
 NUMBERS = "numbers"
 
@@ -50,6 +52,36 @@ def barrier(operator: str, file: str, comment: str) -> Breakage:
 
 
 BREAKAGES = [
+    # conv_act: what a window, a chunk, a CTA's pixels and their sums end with; the order of stages. Pairs pool.
+    Breakage("conv_act", "conv_act.cu", "row.y + ky >= 0 && ", "", "bounds"),
+    Breakage("conv_act", "conv_act.cu", "row.x + kx < g.w;", "row.x + kx <= g.w;", "bounds"),
+    Breakage("conv_act", "conv_act.cu", "row.x + kx >= 0 && ", "row.x + kx >= -1 && ", "bounds"),
+    Breakage("conv_act", "conv_act.cu", "group < groups && step < steps", "group < groups", "bounds"),
+    Breakage("conv_act", "conv_act.cu", "if (index >= end) continue;", "", "bounds"),
+    Breakage(
+        "conv_act",
+        "conv_act.cu",
+        "if (column >= p.g.co) continue;\n                    float v[4];\n                    values(p, m, half, i, index",
+        "float v[4];\n                    values(p, m, half, i, index",
+        "bounds",
+    ),
+    Breakage("conv_act", "conv_act.cu", "cp_async_wait<C::kStages - 2>();", "cp_async_wait<C::kStages - 1>();", "pending"),
+    Breakage("conv_act", "conv_act.cu", "copy(chunk + C::kStages - 1);", "copy(chunk + C::kStages);", "pending"),
+    Breakage(
+        "conv_act",
+        "conv_act.cu",
+        "C::kStages * C::kStageBytes + C::kRows",
+        "(C::kStages - 1) * C::kStageBytes + C::kRows",
+        "bounds",
+    ),
+    Breakage("conv_act", "conv_act.cu", "if (++kx == g.kernel) kx = 0, ky++;", "if (++kx > g.kernel) kx = 0, ky++;", NUMBERS),
+    Breakage("conv_act", "conv_act.cu", "if (row < begin || row >= end) continue;", "if (row >= end) continue;", NUMBERS, True),
+    Breakage("conv_act", "conv_act.cu", "warp < C::kRowWarps; warp++", "warp < 1; warp++", NUMBERS, True),
+    Breakage("conv_act", "conv_act.cu", "for (int lanes = 4;", "for (int lanes = 8;", NUMBERS, True),
+    Breakage("conv_act", "conv_act.cu", "begin + static_cast<int64_t>(image) * pixels >= end || ", "", "bounds", True),
+    barrier("conv_act", "conv_act.cu", "the rows are known, and nobody reads the block before"),
+    barrier("conv_act", "conv_act.cu", "the chunk has landed, and nobody reads the one before"),
+    Breakage("conv_act", "conv_act.cu", "block_sync();  // the sums of all warps are there", "", "race", True),
     # The image's edges.
     Breakage("separable_conv", "separable_conv.cu", "y >= 0 && y < p.g.h && ", "y < p.g.h && ", "bounds"),
     Breakage("separable_conv", "separable_conv.cu", "x >= 0 && x < p.g.w && ", "", "bounds"),
@@ -151,6 +183,11 @@ def name(breakage: Breakage) -> str:
 
 # fp16 and one shape of CTA or width of a head, so that a variant compiles in a second.
 NARROWED: dict[str, list[tuple[str, str, str]]] = {
+    "conv_act": [
+        ("conv_act.cu", "return launch(conv_act<bf16_t, C, POOL>, grid, kThreads, shared, stream, p);", "return 1;"),
+        ("conv_act.cu", "X(0, 2, 4, 1, 4, 2, 2, 4) X(1, 2, 4, 1, 2, 2, 4, 3) ", ""),
+        ("conv_act.cu", " X(3, 4, 2, 1, 2, 1, 2, 3) X(4, 1, 1, 8, 1, 1, 2, 3)", ""),
+    ],
     "separable_conv": [
         ("separable_conv.cu", "return launch(separable_conv<bf16_t, C>, grid, kThreads, shared, stream, p);", "return 1;")
     ],
@@ -182,7 +219,10 @@ def variant(operator: str, breakage: Breakage | None) -> Path:
 def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Kinds of reports, and ``numbers`` if the result is wrong."""
     call = random_call(operator, dtype=torch.float16, **{**CALLS[operator], **(PAIRS if pairs else LARGE if large else {})})
-    if pairs:
+    if operator == "conv_act":
+        monkeypatch.setattr(conv_act, "choose", lambda *args: conv_act.CONFIGS[2])
+        call = random_call(operator, dtype=torch.float16, **{**CONV, **({**PAIRS, "pool": True} if pairs else {})})
+    elif pairs:
         monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(2, 5, 6, 2))
     found = set()
     with execution.watched(library) as outcome:
@@ -201,6 +241,7 @@ def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch
     ("operator", "pairs", "large"),
     [
         *((name, False, False) for name in CALLS),
+        ("conv_act", True, False),
         ("separable_conv", True, False),
         ("mbconv", True, False),
         ("lowtention", False, True),

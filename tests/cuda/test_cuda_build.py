@@ -27,6 +27,8 @@ ARCHITECTURES = "8.0;9.0a"
 # In two dtypes: four shapes of CTA of two operators; lowtention in one launch, and the attention of its three, for four widths of a
 # head; the first and the last of the three.
 KERNELS = 2 * (2 * 4 + 2 * 4 + 2)
+# Five shapes of conv_act's CTA, three of which also pool.
+KERNELS += 2 * (5 + 3)
 
 
 class Built(NamedTuple):
@@ -100,7 +102,7 @@ def test_machine_code_has_the_instructions(built: Built) -> None:
         for text in functions:
             name = text.split(maxsplit=1)[0]
             wanted = ["HMMA.16816", "LDSM"]
-            wanted += ["LDGSTS"] * any(part in name for part in ("Config", "attention_kernel", "upsample_kernel"))
+            wanted += ["LDGSTS"] * any(part in name for part in ("Config", "conv_act", "attention_kernel", "upsample_kernel"))
             wanted += ["LDSM.16.MT88"] * any(part in name for part in ("lowtentionI", "attention_kernel"))
             for instruction in wanted:
                 assert instruction in text, f"{name} has no {instruction}"
@@ -112,7 +114,7 @@ import sys, torch
 from pathlib import Path
 from lowkernels.backends.cuda import build
 print(build.load_library(Path(sys.argv[1])))
-for name in ("separable_conv", "mbconv", "lowtention"):
+for name in ("conv_act", "separable_conv", "mbconv", "lowtention"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("lowkernels_cuda::" + name, "CUDA") == (sys.argv[2] == "loads"), name
 """
 

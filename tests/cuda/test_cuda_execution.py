@@ -10,6 +10,7 @@ import torch
 
 from lowkernels.backends.cuda import tiling
 from lowkernels.ops import OPERATORS
+from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import Call, check_call, random_call
 from tests.cuda import cases, execution
 
@@ -87,7 +88,73 @@ def test_plan_asks_for_what_the_launcher_asks_for(kernels: Path, operator: str) 
         assert outcome.shared == tiling.shared_bytes(planned, tile)
 
 
-@pytest.mark.parametrize("operator", cases.OPERATORS)
+SHAPES_OF_CONV_ACT: list[dict[str, Any]] = [
+    {"channels": 3, "out_channels": 140, "height": 21, "width": 15, "stride": 2, "act": "hardswish"},
+    {"channels": 40, "out_channels": 68, "height": 8, "width": 7, "act": "silu", "residual": True, "batch": 3},
+    {"channels": 20, "out_channels": 34, "height": 6, "width": 5, "pool": True, "residual": True, "batch": 5},
+    {"channels": 24, "out_channels": 132, "height": 15, "width": 14, "pool": True, "kernel_size": 1, "batch": 1},
+]
+
+
+@pytest.mark.parametrize("config", conv_act.CONFIGS, ids=lambda c: f"{c.rows}x{c.columns}")
+def test_every_shape_of_conv_act(kernels: Path, monkeypatch: pytest.MonkeyPatch, config: conv_act.Config) -> None:
+    monkeypatch.setattr(conv_act, "choose", lambda *args: config)
+    for shape in SHAPES_OF_CONV_ACT:
+        if shape.get("pool") and not config.pools:
+            continue
+        call = random_call("conv_act", dtype=torch.bfloat16, **shape)
+        results = []
+        for schedule in execution.SCHEDULES:
+            with execution.watched(kernels, schedule) as outcome:
+                results.append(check_call("conv_act", call.args, "cuda"))
+            assert not outcome.reports, "\n".join(outcome.reports)
+        assert torch.equal(*results)
+
+
+def test_conv_act_plan_asks_for_what_the_launcher_asks_for(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in conv_act.CONFIGS:
+        monkeypatch.setattr(conv_act, "choose", lambda *args, config=config: config)
+        for pool, batch in ((False, 1), (True, 1), (True, 3)):
+            if pool and not config.pools:
+                continue
+            call = random_call("conv_act", channels=8, height=5, width=4, batch=batch, pool=pool, dtype=torch.float16)
+            with execution.watched(kernels) as outcome:
+                execution.run("conv_act", call.args)
+            assert outcome.shared == config.shared(batch if pool else 0)
+            assert outcome.blocks == (1 if pool else -(-20 * batch // config.rows))
+
+
+def test_conv_act_divides_work_by_size() -> None:
+    def chosen(*shape: int, pool: bool = False) -> tuple[int, int]:
+        config = conv_act.choose(*shape, pool, tiling.Device(227 * 1024, 228 * 1024, 132))
+        return config.rows, config.columns
+
+    # Few rows: the warps divide the depth. Many of both: the largest tile. Few columns: tall tiles.
+    assert chosen(1, 1, 1600, 1536) == (16, 16)
+    assert chosen(256, 196, 512, 1152) == (128, 128)
+    assert chosen(256, 112 * 112, 32, 32) == (128, 32)
+    for batch in (1, 256):
+        assert chosen(batch, 49, 1536, 256, pool=True)[0] in (64, 128)
+
+
+def test_conv_act_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(conv_act, "choose", lambda *args: conv_act.CONFIGS[2])
+    size, batch = 64, 2**31 // (64 * 64 * 64) + 2
+    call = random_call("conv_act", batch=1, channels=64, out_channels=4, height=size, width=size, dtype=torch.float16)
+    with execution.watched(kernels):
+        alone = execution.run("conv_act", call.args)
+    x = torch.zeros(batch, size, size, 64, dtype=torch.float16).permute(0, 3, 1, 2)
+    assert x.numel() > 2**31
+    x[-1:] = call.args[0]
+    with execution.watched(kernels, only_last=1) as outcome:
+        out = execution.run("conv_act", (x, *call.args[1:]))
+    assert not outcome.reports, "\n".join(outcome.reports)
+    assert outcome.blocks == 1
+    assert torch.equal(out[-1, :, -1], alone[0, :, -1])
+
+
+@pytest.mark.parametrize("operator", [name for name in cases.OPERATORS if name != "conv_act"])
 def test_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     # Zero pages cost no memory, and neither does an output that is not touched: only the last CTAs run.
     monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(1, 8, 8, 1))
@@ -173,7 +240,10 @@ def test_attention_plan_asks_for_what_the_launcher_asks_for(kernels: Path) -> No
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_what_is_not_served_says_why(on_cpu: None, operator: str) -> None:
     op = OPERATORS[operator]
-    for shape, words in [({"dtype": torch.float32}, "not torch.float32"), ({"channels": 6, "dtype": torch.float16}, "is 6;")]:
+    refused: list[tuple[dict[str, Any], str]] = [({"dtype": torch.float32}, "not torch.float32")]
+    if operator != "conv_act":  # serves any number of channels
+        refused.append(({"channels": 6, "dtype": torch.float16}, "is 6;"))
+    for shape, words in refused:
         call = random_call(operator, **{"num_heads": 1, **shape})
         choice = op.explain(*call.args)
         reasons = dict(choice.rejected)

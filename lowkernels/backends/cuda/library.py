@@ -12,6 +12,8 @@ _LIBRARY = torch.library.Library("lowkernels_cuda", "DEF")
 SCHEMAS: dict[str, str] = {
     "separable_conv": "Tensor x, Tensor dw, Tensor dw_bias, Tensor pw, Tensor pw_bias, Tensor(a!) out, int kernel, int stride, "
     "int padding, int dw_act, int pw_act, bool residual, int[] tile",
+    "conv_act": "Tensor x, Tensor weight, Tensor bias, Tensor[] residual, Tensor(a!) out, int kernel, int stride, int padding, "
+    "int act, bool pool, int images, int config",
     "mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, "
     "Tensor(a!) out, int kernel, int stride, int padding, int act, bool residual, int[] tile",
     "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, "

@@ -25,6 +25,7 @@ void* launcher(const char* name) {
 
 namespace lowkernels {
 extern "C" {
+FORWARD(lowkernels_conv_act, ConvAct)
 FORWARD(lowkernels_separable_conv, SeparableConv)
 FORWARD(lowkernels_mbconv, MBConv)
 FORWARD(lowkernels_lowtention, Lowtention)
