@@ -23,7 +23,7 @@ from .ceilings import Ceilings
 from .rivals import Built, Contender, channels_last, ours_name
 from .rows import Row, fill_ratios
 from .subjects import Subject, module_channels_last
-from .timing import Clock, Effort, summarize, take_turns
+from .timing import Clock, Effort, own_waiting, summarize, take_turns
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ def measure(subject: Subject, session: Session, left_out: dict[str, str] | None 
             session.longest[contender.cost] = max(session.longest.get(contender.cost, 0.0), row.build_s or 0.0)
         _drop_doubles(entries)
         turns = take_turns({e.row.label: e.calls for e in entries}, session.clock, session.effort)
+        own = own_waiting(turns)
         for entry in entries:
+            entry.row.own_waiting = own[entry.row.label]
             _fill(entry.row, summarize(turns[entry.row.label]), subject, session.ceilings[subject.dtype])
             _count(entry, session.device)
     fill_ratios(found)

@@ -49,6 +49,7 @@ class Row:
             the ``reason``.
         turns, dropped, disturbed: turns that count, turns dropped as disturbed, and whether too few were left, so that the
             disturbed ones count too.
+        own_waiting: share of a turn that the contender's own threads keep each other waiting, which is no disturbance.
         build_s: seconds to build the contender, compilation and export included.
     """
 
@@ -85,6 +86,7 @@ class Row:
     turns: int = 0
     dropped: int = 0
     disturbed: bool = False
+    own_waiting: float | None = None
     build_s: float | None = None
 
     @property

@@ -2,7 +2,8 @@
 
 Contenders of a subject take turns in rounds, in a new random order each round, so that slow drifts of the machine (clock rates,
 temperature, neighbours) reach all of them alike. A turn is a run of calls long enough for the clock. Turns in which something else
-wanted the processor are dropped, and counted; if too few are left the result says that it was disturbed.
+wanted the processor are dropped, and counted; if too few are left the result says that it was disturbed. Threads of one contender
+that wait for each other are no disturbance: see :func:`own_waiting`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,17 +22,27 @@ import torch
 
 DISTURBED_SHARE = 0.03
 """A turn is dropped if the process's threads waited for a processor, or the hypervisor withheld one, for more than this share of
-it."""
+it, beyond the contender's own waiting."""
+OWN_WAITING_LIMIT = 0.1
+"""The most that is taken for a contender's own waiting. One that always waits for longer cannot be told from one that others
+always keep waiting."""
 MIN_UNDISTURBED = 5
 SETTLE_S = 0.003
 """Between turns on a CPU: worker threads of the previous contender spin for a while before they sleep."""
 
 
 class Turn(NamedTuple):
-    """One turn: seconds a call, and whether something else was in the way."""
+    """One turn.
+
+    Attributes:
+        seconds: a call.
+        disturbed: something else was in the way.
+        lost: share of the turn that threads waited for a processor; None where only ``disturbed`` is known.
+    """
 
     seconds: float
     disturbed: bool
+    lost: float | None = None
 
 
 class Clock(Protocol):
@@ -118,7 +129,11 @@ class CpuClock:
             calls[i % count]()
         elapsed = time.perf_counter() - started
         lost = self.interference.between(before, self.interference.read())
-        return Turn(elapsed / repetitions, lost > DISTURBED_SHARE * elapsed)
+        return _turn(elapsed, repetitions, lost)
+
+
+def _turn(elapsed: float, repetitions: int, lost: float) -> Turn:
+    return Turn(elapsed / repetitions, lost > DISTURBED_SHARE * elapsed, lost / elapsed)
 
 
 class CudaClock:
@@ -142,7 +157,33 @@ class CudaClock:
         end.synchronize()
         lost = self.interference.between(before, self.interference.read())
         elapsed = start.elapsed_time(end) * 1e-3
-        return Turn(elapsed / repetitions, lost > DISTURBED_SHARE * elapsed)
+        return _turn(elapsed, repetitions, lost)
+
+
+def own_waiting(turns: Mapping[str, Sequence[Turn]]) -> dict[str, float]:
+    """How much of its turns each contender's own threads keep each other waiting: a pool with more threads than processors, or one
+    that is woken for every short call, waits in every turn, whatever others do.
+
+    That is what it loses in its quietest quarter of turns, beyond what the contender that loses least does in its own: what all of
+    them lose comes from outside.
+    """
+    quiet = {name: _quiet([t.lost for t in taken if t.lost is not None]) for name, taken in turns.items()}
+    least = min(quiet.values(), default=0.0)
+    return {name: min(lost - least, OWN_WAITING_LIMIT) for name, lost in quiet.items()}
+
+
+def _quiet(lost: Sequence[float]) -> float:
+    return quantile(sorted(lost), 0.25) if lost else 0.0
+
+
+def judged(turns: Mapping[str, Sequence[Turn]]) -> dict[str, list[Turn]]:
+    """Turns of contenders that took them together, with those disturbed that lost more than is their own."""
+    own = own_waiting(turns)
+
+    def judge(turn: Turn, name: str) -> Turn:
+        return turn if turn.lost is None else turn._replace(disturbed=turn.lost > DISTURBED_SHARE + own[name])
+
+    return {name: [judge(turn, name) for turn in taken] for name, taken in turns.items()}
 
 
 class Timing(NamedTuple):
@@ -239,12 +280,11 @@ def take_turns(
     started = now()
     made = 0
     while made < 2 or now() - started < effort.max_s:
-        wanting = [n for n in order if sum(not t.disturbed for t in turns[n]) < effort.rounds]
-        if not wanting:
+        if all(sum(not t.disturbed for t in taken) >= effort.rounds for taken in judged(turns).values()):
             break
         # All take part as long as one is wanting: the rounds stay alike for all.
         shuffle.shuffle(order)
         for name in order:
             turns[name].append(clock.turn(contenders[name], repetitions[name]))
         made += 1
-    return turns
+    return judged(turns)

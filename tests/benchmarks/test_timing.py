@@ -93,6 +93,38 @@ def test_rounds_go_on_for_all_until_each_has_enough_undisturbed_turns() -> None:
     assert len(found["a"]) == len(found["b"]) == 4
 
 
+def lost(*shares: float) -> list[Turn]:
+    return [Turn(0.01, share > 0.03, share) for share in shares]
+
+
+def test_threads_of_a_contender_that_wait_for_each_other_are_no_disturbance() -> None:
+    pool, single = lost(0.05, 0.06, 0.05, 0.07, 0.30, 0.05), lost(0.0, 0.01, 0.0, 0.0, 0.25, 0.0)
+    own = timing.own_waiting({"pool": pool, "single": single})
+    assert own == {"pool": pytest.approx(0.05), "single": 0.0}
+    found = timing.judged({"pool": pool, "single": single})
+    assert [t.disturbed for t in found["pool"]] == [False, False, False, False, True, False]
+    assert [t.disturbed for t in found["single"]] == [False, False, False, False, True, False]
+
+
+def test_what_all_contenders_lose_is_from_outside() -> None:
+    found = timing.judged({"a": lost(0.05, 0.06, 0.05, 0.07), "b": lost(0.06, 0.05, 0.06, 0.08)})
+    assert all(t.disturbed for taken in found.values() for t in taken)
+    # Alone, a contender cannot be told from its surroundings.
+    assert all(t.disturbed for t in timing.judged({"a": lost(0.05, 0.06, 0.05, 0.07)})["a"])
+
+
+def test_a_contender_that_always_waits_for_long_is_disturbed() -> None:
+    found = timing.judged({"hit": lost(*[0.5] * 8), "single": lost(*[0.0] * 8)})
+    assert all(t.disturbed for t in found["hit"])
+    assert timing.own_waiting({"hit": lost(0.5), "single": lost(0.0)})["hit"] == timing.OWN_WAITING_LIMIT
+
+
+def test_turns_taken_are_judged_together() -> None:
+    script = {"pool": lost(*[0.06] * 5), "single": lost(*[0.0] * 5)}
+    found = take_turns(calls("pool", "single"), Scripted(script), Effort(rounds=5))
+    assert {name: sum(t.disturbed for t in taken) for name, taken in found.items()} == {"pool": 0, "single": 0}
+
+
 def test_time_limit_ends_the_rounds_but_never_before_the_second() -> None:
     clock = Scripted({"a": [Turn(0.01, True)] * 50})
     ticks = iter(float(i) for i in range(100))
