@@ -7,6 +7,7 @@ than what chance makes of the rounds.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,8 @@ from .timing import Effort, Turn, repetitions_for
 
 WORKTREE = "."
 CONFIDENCE = 0.99
+RETRIES = 2
+"""How often a disturbed turn is taken again right away: a round counts only if all of its four turns are undisturbed."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Verdict(NamedTuple):
         low, high: its confidence interval; None if there were too few undisturbed rounds for one.
         noise: how far the two processes of one commit are apart, the larger of both.
         rounds: undisturbed rounds.
+        made: all rounds.
         moved: the interval excludes no change and the change exceeds the noise.
     """
 
@@ -83,6 +87,7 @@ class Verdict(NamedTuple):
     high: float | None
     noise: float
     rounds: int
+    made: int
     moved: bool
 
 
@@ -101,6 +106,11 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return ordered[k - 1], ordered[n - k]
 
 
+def rounds_needed(confidence: float = CONFIDENCE) -> int:
+    """The fewest undisturbed rounds that a verdict can come of."""
+    return next(n for n in itertools.count(1) if median_interval(range(n), confidence) is not None)
+
+
 def judge(rounds: Sequence[Sequence[Turn]]) -> Verdict:
     """The verdict over rounds of turns (A, A again, B, B again).
 
@@ -109,14 +119,17 @@ def judge(rounds: Sequence[Sequence[Turn]]) -> Verdict:
     """
     good = [[math.log(turn.seconds) for turn in turns] for turns in rounds if not any(t.disturbed for t in turns)]
     if not good:
-        raise ValueError(f"all {len(rounds)} rounds were disturbed by other processes")
+        raise ValueError(
+            f"all {len(rounds)} rounds were disturbed by other processes, and a verdict needs {rounds_needed()}: "
+            "end what else runs on the machine"
+        )
     changes = [(b1 + b2 - a1 - a2) / 2 for a1, a2, b1, b2 in good]
     change = statistics.median(changes)
     noise = max(abs(statistics.median(a1 - a2 for a1, a2, _, _ in good)), abs(statistics.median(b1 - b2 for _, _, b1, b2 in good)))
     interval = median_interval(changes)
     moved = interval is not None and not interval[0] <= 0 <= interval[1] and abs(change) > noise
     low, high = (None, None) if interval is None else (math.expm1(interval[0]), math.expm1(interval[1]))
-    return Verdict(math.expm1(change), low, high, math.expm1(noise), len(good), moved)
+    return Verdict(math.expm1(change), low, high, math.expm1(noise), len(good), len(rounds), moved)
 
 
 def export(commit: str, folder: Path) -> None:
@@ -277,11 +290,21 @@ def run_rounds(workers: Sequence[Any], task: Task, effort: Effort, shuffle: rand
     order = list(range(len(workers)))
     while len(rounds) < 3 * effort.rounds:
         shuffle.shuffle(order)
-        turns: dict[int, Turn] = {i: Turn(**workers[i].ask(repetitions=repetitions)) for i in order}
+        turns = {i: _turn(workers[i], repetitions) for i in order}
         rounds.append([turns[i] for i in range(len(workers))])
         if sum(not any(t.disturbed for t in turns) for turns in rounds) >= effort.rounds:
             break
     return rounds
+
+
+def _turn(worker: Any, repetitions: int) -> Turn:
+    """An undisturbed turn, if one can be had in a few tries."""
+    turn = Turn(**worker.ask(repetitions=repetitions))
+    for _ in range(RETRIES):
+        if not turn.disturbed:
+            break
+        turn = Turn(**worker.ask(repetitions=repetitions))
+    return turn
 
 
 def compare(
@@ -300,9 +323,12 @@ def compare(
         For each task the verdict, or the reason why there is none.
 
     Raises:
-        ValueError: no such commit.
+        ValueError: no such commit, or too few rounds for any verdict.
         RuntimeError: a commit does not build.
     """
+    if effort.rounds < rounds_needed():
+        needed = f"at {100 * CONFIDENCE:.0f} % confidence a verdict needs at least {rounds_needed()}"
+        raise ValueError(f"{effort.rounds} rounds were asked for; {needed}")
     with tempfile.TemporaryDirectory(prefix="lowkernels-compare-") as temporary:
         folder = Path(temporary)
         runner = folder / "runner"
@@ -330,6 +356,13 @@ def compare(
 def _words(verdict: Verdict | str) -> str:
     if isinstance(verdict, str):
         return verdict
+    if verdict.low is None:
+        # At most three times as many rounds are made as are asked for.
+        ask = math.ceil(rounds_needed() * verdict.made / (3 * verdict.rounds))
+        return (
+            f"no verdict: {verdict.rounds} of {verdict.made} rounds were undisturbed, {rounds_needed()} are needed; "
+            f"end what else runs on the machine, or ask for --rounds {max(ask, rounds_needed()) + rounds_needed() // 2}"
+        )
     if not verdict.moved:
         return f"no change beyond the noise ({100 * verdict.change:+.1f} %)"
     return f"{100 * abs(verdict.change):.1f} % {'slower' if verdict.change > 0 else 'faster'}"
@@ -350,12 +383,12 @@ def report(a: str, b: str, found: Sequence[tuple[Task, Verdict | str]]) -> str:
             f"{100 * verdict.change:+.1f} %",
             interval,
             f"{100 * verdict.noise:.1f} %",
-            str(verdict.rounds),
-            _words(verdict) if verdict.low is not None else "too few undisturbed rounds",
+            f"{verdict.rounds} of {verdict.made}",
+            _words(verdict),
         )
 
     header = ("subject", "size", "batch", "dtype", "time of B over A", "99 % interval", "noise", "rounds", "verdict")
-    judged = [v for _, v in found if not isinstance(v, str)]
+    judged = [v for _, v in found if not isinstance(v, str) and v.low is not None]
     moved = sum(v.moved for v in judged)
     unjudged = f"; {len(found) - len(judged)} could not be judged" if len(judged) < len(found) else ""
     ordered = sorted(found, key=lambda f: -abs(f[1].change) if not isinstance(f[1], str) and f[1].moved else 1.0)

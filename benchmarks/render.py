@@ -176,10 +176,13 @@ def overview(groups: Iterable[Sequence[Row]]) -> str:
 
 def tally(verdicts: Sequence[str | None], gains: Sequence[float] = ()) -> str:
     """How often ours was faster and slower than the fastest rival, and by how much over all."""
-    parts = [f"{verdicts.count(v)} {v}" for v in (FASTER, EVEN, SLOWER)]
-    unsaid = verdicts.count(None)
-    if unsaid:
-        parts.append(f"{unsaid} disturbed, so without a verdict")
+    parts = [
+        f"{verdicts.count(FASTER)} faster",
+        f"{verdicts.count(EVEN)} even (spreads overlap)",
+        f"{verdicts.count(SLOWER)} slower",
+    ]
+    if None in verdicts:
+        parts.append(f"{verdicts.count(None)} without a verdict (~: disturbed by other processes)")
     mean = f"; geometric mean {math.exp(statistics.fmean(math.log(g) for g in gains)):.2f}x of its speed" if gains else ""
     return f"Against the fastest rival, of {len(verdicts)}: {', '.join(parts)}{mean}."
 
