@@ -184,7 +184,7 @@ def tally(verdicts: Sequence[str | None], gains: Sequence[float] = ()) -> str:
     if None in verdicts:
         parts.append(f"{verdicts.count(None)} without a verdict (~: disturbed by other processes)")
     mean = f"; geometric mean {math.exp(statistics.fmean(math.log(g) for g in gains)):.2f}x of its speed" if gains else ""
-    return f"Against the fastest rival, of {len(verdicts)}: {', '.join(parts)}{mean}."
+    return f"Against the fastest rival: {', '.join(parts)}{mean}."
 
 
 FASTER, SLOWER, EVEN = "faster", "slower", "even"
