@@ -14,8 +14,8 @@ from ..plots import style
 from ..render import (
     EVEN,
     FASTER,
-    HEADLINE_CONTENDER,
     SLOWER,
+    as_a_user_gets_it,
     best_of,
     commit_title,
     device_title,
@@ -53,13 +53,11 @@ class Case(NamedTuple):
 def cases(results: Results) -> list[Case]:
     """Every subject with this library as a user gets it, the fastest rival and eager PyTorch."""
 
-    def plain(group: Sequence[Row], contender: str) -> Row | None:
-        timed = [r for r in group if r.contender == contender and r.ms is not None]
-        return min(timed, key=lambda r: r.graph, default=None)
+    def eager(group: Sequence[Row]) -> Row | None:
+        return next((r for r in group if r.contender == "eager" and not r.graph and r.ms is not None), None)
 
-    return [
-        Case(g[0], g, plain(g, HEADLINE_CONTENDER), best_of(g, ours=False), plain(g, "eager")) for g in results.groups().values()
-    ]
+    groups = results.groups().values()
+    return [Case(g[0], g, as_a_user_gets_it(g), best_of(g, ours=False), eager(g)) for g in groups]
 
 
 def page(results: Results, title: str = "") -> str:
@@ -418,13 +416,22 @@ def _turns(found: Sequence[Row]) -> str:
     if not timed:
         return ""
     kept, dropped = turns(timed)
-    counted = [(name, *turns(same), sum(r.disturbed for r in same)) for name, same in by(timed, lambda r: r.label)]
-    columns: list[Column[tuple[str, int, int, int]]] = [
+    counted = [
+        (name, *turns(same), sum(r.disturbed for r in same), [r.own_waiting for r in same if r.own_waiting is not None])
+        for name, same in by(timed, lambda r: r.label)
+    ]
+    columns: list[Column[tuple[str, int, int, int, list[float]]]] = [
         Column("contender", lambda r: _text(r[0])),
         Column("counted", lambda r: _number(r[1], f"{r[1]:,}"), numeric=True),
         Column("dropped", lambda r: _number(r[2], f"{r[2]:,}"), numeric=True),
         Column("dropped, share", lambda r: _share(r[2] / (r[1] + r[2])), numeric=True),
         Column("results with too few left", lambda r: _number(r[3], str(r[3])), numeric=True),
+        Column(
+            "own waiting",
+            lambda r: _share(max(r[4], default=None)),
+            numeric=True,
+            help="the largest share of a turn that its own threads keep each other waiting, which is no disturbance",
+        ),
     ]
     note = f"<p>{kept:,} turns were counted, {dropped:,} dropped because other processes were in the way.</p>"
     return note + table("table-turns", "Turns of each contender", columns, counted)

@@ -124,6 +124,19 @@ def test_tally_counts_losses() -> None:
     assert text == f"Against the fastest rival: {counts}; geometric mean 0.71x of its speed."
 
 
+def test_replayed_graphs_are_compared_with_replayed_graphs() -> None:
+    found = [
+        row("eager", 20.0),
+        row("eager", 5.0, graph=True),
+        row("lowkernels, auto", 9.0),
+        row("lowkernels, auto", 2.0, graph=True),
+    ]
+    rows.fill_ratios(found)
+    text = render.headline(rows.Results(runs=[RUN], rows=found))
+    expected = "**2.00 ±10 %** (CUDA graph) | eager, CUDA graph 5.00 ±10 % | 20.0 ±10 % | 2.50x faster |"
+    assert f"| lowformer_b1, 224 px, batch 4, fp32 | {expected}" in text
+
+
 @pytest.mark.parametrize(("ms", "found"), [(8.1, "faster"), (8.3, "even"), (12.1, "even"), (12.3, "slower")])
 def test_only_spreads_that_do_not_overlap_make_a_verdict(ms: float, found: str) -> None:
     """The rival's middle half is 9 to 11 ms, ours goes 10 % to either side."""
