@@ -134,12 +134,12 @@ def best_of(group: Sequence[Row], ours: bool) -> Row | None:
     return min((r for r in group if r.ours == ours and r.ms is not None), key=lambda r: r.ms or 0.0, default=None)
 
 
-def overview(groups: Iterable[Sequence[Row]]) -> str:
 def as_a_user_gets_it(group: Sequence[Row]) -> Row | None:
     """This library's backend ``"auto"``; on a GPU the faster one of called and replayed from a CUDA graph, as for rivals."""
     return best_of([r for r in group if r.contender == HEADLINE_CONTENDER], ours=True)
 
 
+def overview(groups: Iterable[Sequence[Row]]) -> str:
     """One line a subject: the fastest of ours against the fastest rival, and what was wrong."""
     header = (
         "subject",
