@@ -313,7 +313,11 @@ def details(results: Results) -> str:
 def unmeasured(results: Results) -> str:
     """Subjects that were planned and have no rows."""
     found = [f for f in results.other if f["kind"] == "unmeasured"]
-    return "\n".join(f"- {title(Row(*f['key'], ''))}: {f['reason']}" for f in found)
+    return "\n".join(f"- {_key_title(*f['key'])}: {f['reason']}" for f in found)
+
+
+def _key_title(kind: str, subject: str, size: int, batch: int, dtype: str) -> str:
+    return title(Row(kind, subject, size, batch, dtype, contender=""))
 
 
 def report(results: Results) -> str:
