@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowkernels.nn import ConvNormAct, FusedBlock, GroupNormMLP
+from lowkernels.nn import ConvNormAct, FusedBlock, GroupNormMLP, chain_blocks
 from lowkernels.nn import FusedMBConv as FusedMBConvKernel
+from lowkernels.nn import Linear as LinearKernel
 from lowkernels.nn import Lowtention as LowtentionKernel
 from lowkernels.nn import MBConv as MBConvKernel
 
@@ -36,6 +37,10 @@ def use_kernels(model: nn.Module, *, backend: str = "auto") -> nn.Module:
                 setattr(parent, name, _residual(child, backend))
             elif isinstance(child, ConvLayer) and parent is getattr(model, "stem", None):
                 setattr(parent, name, _conv_layer(child, backend))
+            elif type(child) is nn.Linear:
+                setattr(parent, name, LinearKernel(child, backend=backend))
+    for parent, name, chain in chain_blocks(model):
+        setattr(parent, name, chain)
     return model
 
 

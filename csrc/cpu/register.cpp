@@ -3,10 +3,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <pthread.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -221,6 +223,46 @@ at::Tensor gn_mlp(const at::Tensor& x, Packed packed, double eps, i64 act, bool 
     return out;
 }
 
+// Calls that take each other's outputs, made one after another.
+class Chain : public torch::CustomClassHolder {
+public:
+    // `numbers` and `reals` are the operator's integers and booleans, and its floats, in order; conv_act's residual, which is its x, is a 1.
+    void add(const std::string& name, std::vector<at::Tensor> packed, const std::vector<i64>& numbers, const std::vector<double>& reals) {
+        const auto expect = [&](std::size_t integers, std::size_t floats) {
+            TORCH_CHECK(numbers.size() == integers && reals.size() == floats, "lowkernels_cpu: Chain: ", numbers.size(), " numbers and ", reals.size(),
+                        " reals for ", name);
+        };
+        if (name == "conv_act") {
+            expect(5, 0);
+            steps_.push_back([=, n = numbers](const at::Tensor& x) {
+                return conv_act(x, n[0] ? std::optional<at::Tensor>(x) : std::nullopt, packed, n[1], n[2], n[3], n[4]);
+            });
+        } else if (name == "inverted_residual") {
+            expect(7, 0);
+            steps_.push_back([=, n = numbers](const at::Tensor& x) { return inverted_residual(x, packed, n[0], n[1], n[2], n[3], n[4], n[5], n[6]); });
+        } else if (name == "fused_mbconv") {
+            expect(4, 0);
+            steps_.push_back([=, n = numbers](const at::Tensor& x) { return fused_mbconv(x, packed, n[0], n[1], n[2], n[3]); });
+        } else if (name == "lowtention") {
+            expect(3, 1);
+            steps_.push_back([=, n = numbers, eps = reals[0]](const at::Tensor& x) { return lowtention(x, packed, eps, n[0], n[1], n[2]); });
+        } else if (name == "gn_mlp") {
+            expect(2, 1);
+            steps_.push_back([=, n = numbers, eps = reals[0]](const at::Tensor& x) { return gn_mlp(x, packed, eps, n[0], n[1]); });
+        } else {
+            TORCH_CHECK(false, "lowkernels_cpu: Chain: no operator ", name);
+        }
+    }
+
+    at::Tensor run(at::Tensor x) const {
+        for (const auto& step : steps_) x = step(x);
+        return x;
+    }
+
+private:
+    std::vector<std::function<at::Tensor(const at::Tensor&)>> steps_;
+};
+
 // The instruction set's name, and what packing depends on: floats in a vector, whether bf16 weights stay bf16.
 std::tuple<std::string, i64, bool> layout(bool half) {
     const Kernels& k = kernels(half ? at::kBFloat16 : at::kFloat);
@@ -239,6 +281,7 @@ TORCH_LIBRARY(lowkernels_cpu, m) {
     m.def("lowtention(Tensor x, Tensor[] packed, float eps, int heads, int stride, bool residual) -> Tensor");
     m.def("gn_mlp(Tensor x, Tensor[] packed, float eps, int act, bool residual) -> Tensor");
     m.def("layout(bool half) -> (str, int, bool)", lowkernels::layout);
+    m.class_<lowkernels::Chain>("Chain").def(torch::init<>()).def("add", &lowkernels::Chain::add).def("run", [](const c10::intrusive_ptr<lowkernels::Chain>& self, at::Tensor x) { return self->run(std::move(x)); });
 }
 
 TORCH_LIBRARY_IMPL(lowkernels_cpu, CPU, m) {

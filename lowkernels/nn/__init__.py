@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from .block import FusedBlock, freeze, repack
+from .chain import Chain, chain_blocks
+from .linear import Linear
 from .modules import ConvNormAct, FusedMBConv, GroupNormMLP, Lowtention, MBConv, SeparableConv
 
 __all__ = [
+    "Chain",
     "ConvNormAct",
     "FusedBlock",
     "FusedMBConv",
     "GroupNormMLP",
+    "Linear",
     "Lowtention",
     "MBConv",
     "SeparableConv",
+    "chain_blocks",
     "freeze",
     "repack",
 ]

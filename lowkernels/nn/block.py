@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..dispatch import Choice
-from ..errors import FrozenError, InputError
+from ..errors import BackendError, FrozenError, InputError
 from ..ops import OPERATORS
-from ..ops.operator import Operator, PackedWeights
+from ..ops.operator import Operator, PackedWeights, Prepared, looks, nobody_listens
 from .folding import fold
 
 BlockT = TypeVar("BlockT", bound="FusedBlock")
@@ -31,6 +31,8 @@ _packing = threading.RLock()
 # Names of the buffers that hold what is kept; looked up on every call.
 _FOLDED = tuple(f"_folded_{i}" for i in range(32))
 _PACKED = tuple(f"_packed_{i}" for i in range(32))
+# Input shapes a block remembers how to serve without asking anew.
+PREPARED_KEPT = 16
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -57,9 +59,12 @@ class FusedBlock(nn.Module):
 
     backend: str
     _kept_dtype: torch.dtype | None
-    _packed_for: str | None
+    # By backend, which of the packed tensors are for it; and the last of those that have any.
+    _packed: dict[str, slice]
+    _packed_last: str | None
     _signature: list[tuple[dict[str, Any], str, Tensor, int | None, int]] | None
     _last_call: tuple[Choice, int] | None
+    _prepared: dict[tuple[Any, ...], Prepared]
     _lead: tuple[Any]
 
     def _setup(self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None) -> None:
@@ -126,8 +131,7 @@ class FusedBlock(nn.Module):
             InputError: x does not fit the block.
             BackendError: the backend asked for by name cannot serve x.
         """
-        # A child left in train mode (BatchNorm, dropout) or watched by a hook must run itself.
-        if self.training or any(m.training for m in self._mode_sensitive) or any(self._hooks_of_children):
+        if self.training or self.must_run_its_children():
             return self._ordinary(x)
         # PyTorch has no grad, jvp or vmap rules for operators defined in Python; the ordinary path has them all.
         if torch._C._are_functorch_transforms_active() and not self._frozen:
@@ -135,17 +139,49 @@ class FusedBlock(nn.Module):
         if torch.compiler.is_compiling():
             weights, packed = self._traced_weights(x)
             return self._call_operator(x, weights, packed)
+        if not nobody_listens(x) or (torch.is_grad_enabled() and not self._frozen):
+            return self._dispatched(x)
+        key = looks(x, self.backend_argument())
+        prepared = self._prepared.get(key)
+        if prepared is None or not (self._frozen or self.up_to_date()):
+            out = self._dispatched(x)
+            self._prepare(x, key)
+            return out
+        self.__dict__["_last_call"] = prepared.served
+        return prepared.run(x)
+
+    def _dispatched(self, x: Tensor) -> Tensor:
         weights, packed = self._eager_weights(x)
         out = self._call_operator(x, weights, packed)
         self.__dict__["_last_call"] = dispatch.last_call()
         return out
 
+    def _prepare(self, x: Tensor, key: tuple[Any, ...]) -> None:
+        """Settle what a call like the one just made will need: most of a small block's time is Python's."""
+        with _packing:
+            if not self._frozen and self._stale(self._compute_dtype(x.device.type)):
+                return
+            call = self._arguments(x, self._kept_weights())
+            prepared = self.operator.prepare(x, call, self._packs_for(x), self.backend_argument())
+        if len(self._prepared) >= PREPARED_KEPT:
+            self._prepared.clear()
+        if prepared is not None:
+            self._prepared[key] = prepared
+
     def _call_operator(self, x: Tensor, weights: list[Tensor | None], packed: PackedWeights | None) -> Tensor:
         tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
-        out: Tensor = self.operator.overload(*self._arguments(x, weights), tensors, packed_for, self._backend_argument())
+        out: Tensor = self.operator.overload(*self._arguments(x, weights), tensors, packed_for, self.backend_argument())
         return out
 
-    def _backend_argument(self) -> str | None:
+    def must_run_its_children(self) -> bool:
+        """Whether a child was left in train mode (BatchNorm, dropout), or is watched by a hook."""
+        for module in self._mode_sensitive:
+            if module.training:
+                return True
+        return any(self._hooks_of_children)
+
+    def backend_argument(self) -> str | None:
+        """The operator's ``backend`` argument: None asks the context and the environment."""
         return None if self.backend == dispatch.AUTO else self.backend
 
     def _ordinary(self, x: Tensor) -> Tensor:
@@ -255,11 +291,11 @@ class FusedBlock(nn.Module):
             needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
             if self._kept_dtype != dtype or needs_grad:
                 return self._live_weights(dtype), None
-        return self._kept_weights(), self._kept_packs()
+        return self._kept_weights(), self._kept_packs(self._packed_last)
 
     def _eager_weights(self, x: Tensor) -> tuple[list[Tensor | None], PackedWeights | None]:
         if self._frozen:
-            return self._kept_weights(), self._kept_packs()
+            return self._kept_weights(), self._packs_for(x)
         dtype = self._compute_dtype(x.device.type)
         if type(x) not in _PLAIN_TENSORS:
             # Fake tensors, functorch wrappers and the like must not leave traces in what is kept.
@@ -270,7 +306,7 @@ class FusedBlock(nn.Module):
                 if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
                     return self._live_weights(dtype), None
                 self._make_weights(dtype)
-            kept, packs = self._kept_weights(), self._kept_packs()
+            kept, packs = self._kept_weights(), self._packs_for(x)
         # A traced graph (torch.jit) is checked without gradients and used with them.
         gradients = torch.is_grad_enabled() or torch._C._is_tracing()
         if gradients and any(p.requires_grad for p in self.parameters()):
@@ -282,11 +318,27 @@ class FusedBlock(nn.Module):
         buffers = self._buffers
         return [buffers[name] for name in _FOLDED[: self._folded_count]]
 
-    def _kept_packs(self) -> PackedWeights | None:
-        if self._packed_for is None:
+    def _kept_packs(self, backend: str | None) -> PackedWeights | None:
+        """The weights packed for ``backend``; None if it reads them as they are."""
+        if backend is None:
             return None
-        buffers = self._buffers
-        return PackedWeights(self._packed_for, [cast(Tensor, buffers[name]) for name in _PACKED[: self._packed_count]])
+        names, buffers = _PACKED[self._packed[backend]], self._buffers
+        return PackedWeights(backend, [cast(Tensor, buffers[name]) for name in names]) if names else None
+
+    def _packs_for(self, x: Tensor) -> PackedWeights | None:
+        """The weights packed for the backend that serves ``x`` best, which is only known now; made if they are not there yet."""
+        weights = self._kept_weights()
+        kept = weights[2 * len(self._NORMS)]
+        assert kept is not None
+        plain = type(x) in _PLAIN_TENSORS and not x.is_meta and not torch._C._is_tracing()
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not plain or capturing or (x.dtype, x.device) != (kept.dtype, kept.device):
+            return self._kept_packs(self._packed_last)
+        backend = self.operator.serving(self._arguments(x, weights), self.backend_argument())
+        if backend not in self._packed:
+            with _packing, torch.inference_mode(False), torch.no_grad():
+                self._make_packs(backend)
+        return self._kept_packs(backend)
 
     def _sources(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """Every tensor the folded weights depend on: the dict that holds it, its key there, itself."""
@@ -300,14 +352,18 @@ class FusedBlock(nn.Module):
                             yield place, key, tensor
 
     def _stale(self, dtype: torch.dtype) -> bool:
-        if self._kept_dtype != dtype or self._signature is None:
-            return True
+        return self._kept_dtype != dtype or not self.up_to_date()
+
+    def up_to_date(self) -> bool:
+        """Whether the sources are what they were when the weights were made, in whatever dtype."""
+        if self._signature is None:
+            return False
         for place, key, tensor, version, pointer in self._signature:
             if place.get(key) is not tensor or tensor.data_ptr() != pointer:
-                return True
+                return False
             if version is not None and tensor._version != version:
-                return True
-        return False
+                return False
+        return True
 
     def _make_weights(self, dtype: torch.dtype) -> None:
         # Leaving inference mode turns gradients on, whatever they were.
@@ -321,14 +377,30 @@ class FusedBlock(nn.Module):
             self._kept_dtype = dtype
             self._make_packs()
 
-    def _make_packs(self) -> None:
+    def _make_packs(self, *more: str) -> None:
+        """Pack for every backend there are packs for, in the same order, and for ``more``; for the first choice if that is none."""
         weights = self.operator.weights(self._arguments(torch.empty(0), self._kept_weights()))
-        packed = self.operator.pack(*weights, backend=self._backend_argument())
-        self._packed_count = self._keep("packed", packed.tensors)
-        self._packed_for = packed.backend if packed.tensors else None
+        tensors: list[Tensor] = []
+        places = {}
+        for backend in (*self._packed, *more) or (self.backend_argument(),):
+            try:
+                packed = self.operator.pack(*weights, backend=backend)
+            except BackendError:
+                # It served these weights in another dtype.
+                if backend not in self._packed:
+                    raise
+                continue
+            places[packed.backend] = slice(len(tensors), len(tensors) + len(packed.tensors))
+            tensors += packed.tensors
+        self._keep("packed", tensors)
+        self._packed = places
+        # Where it cannot be asked which backend is best for an input, as in a trace, it is taken to be the one that the inputs so far
+        # turned out to need.
+        self._packed_last = next((name for name in reversed(places) if places[name].stop > places[name].start), None)
 
     def _keep(self, kind: str, tensors: Any) -> int:
         """Keep tensors as buffers; those of the same kind as before are written in place, so that captured graphs follow."""
+        self._prepared = {}
         names = {"folded": _FOLDED, "packed": _PACKED}[kind][: len(tensors)]
         for name in [n for n in self._buffers if n.startswith(f"_{kind}_") and n not in names]:
             del self._buffers[name]
@@ -350,9 +422,9 @@ class FusedBlock(nn.Module):
         """Drop what is kept; the next use in eval mode makes it anew."""
         self._keep("folded", ())
         self._keep("packed", ())
-        self._folded_count = self._packed_count = 0
+        self._folded_count = 0
         self._kept_dtype = None
-        self._packed_for = None
+        self._packed, self._packed_last = {}, None
         self._signature = None
         self._last_call = None
 
@@ -412,6 +484,7 @@ class FusedBlock(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._prepared = {}
         if not self._frozen:
             self._forget()
         super()._apply(fn, recurse)
@@ -420,6 +493,7 @@ class FusedBlock(nn.Module):
             assert kept is not None
             self._kept_dtype = kept.dtype
             if not kept.is_meta:
+                self._packed = {}
                 self._make_packs()
         else:
             self._refresh()
@@ -432,10 +506,10 @@ class FusedBlock(nn.Module):
             kept = {n for n in self._buffers if n.startswith(("_folded_", "_packed_"))}
             state["_buffers"] = {n: b for n, b in self._buffers.items() if n not in kept}
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - kept
-            state.update(_folded_count=0, _packed_count=0, _kept_dtype=None, _packed_for=None, _signature=None)
+            state.update(_folded_count=0, _kept_dtype=None, _packed={}, _packed_last=None, _signature=None)
         for derived in ("_mode_sensitive", "_hooks_of_children", "_lead"):
             state.pop(derived)
-        state["_last_call"] = None
+        state.update(_last_call=None, _prepared={})
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import dispatch
 from ..dispatch import Choice, Kernel
@@ -46,6 +47,54 @@ class _Plan(NamedTuple):
     stride: tuple[int, ...]
 
 
+class Prepared(NamedTuple):
+    """A call whose checks and dispatch are settled, for inputs that look just like one that was served before.
+
+    Running it goes straight to the backend's kernel. That is only right where :func:`nobody_listens`, the input's :func:`looks` are the
+    same as then, and so are the weights, which is the caller's to know.
+
+    Attributes:
+        served: (choice, inputs copied to NHWC), as :func:`lowkernels.dispatch.last_call` gives it.
+    """
+
+    kernel: Kernel
+    call: tuple[Any, ...]
+    stride: tuple[int, ...]
+    served: tuple[Choice, int]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The operator's output for ``x``."""
+        if self.served[1]:
+            x = nhwc(x)
+        out = self.kernel.forward(x, *(x if v is _INPUT else v for v in self.call))
+        dispatch.record(*self.served)
+        return out if out.stride() == self.stride else _laid_out(out)
+
+
+# In the place of an argument that is x itself.
+_INPUT = object()
+
+
+def looks(x: Tensor, backend: str | None) -> tuple[Any, ...]:
+    """All that dispatch sees of an input and a request."""
+    return x.shape, x.stride(), x.dtype, x.device, dispatch.requested(backend)
+
+
+def nobody_listens(x: Tensor) -> bool:
+    """Whether nothing between a call from Python and a kernel has a part in it: autograd, autocast, a trace, a mode, a subclass."""
+    return (
+        type(x) is Tensor
+        and not x.is_meta
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def nhwc(x: Tensor) -> Tensor:
     """``x`` with NHWC memory: itself if it already has it, a copy otherwise."""
     return x.contiguous(memory_format=torch.channels_last)
@@ -61,6 +110,11 @@ def _nhwc_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _laid_out(out: Tensor) -> Tensor:
+    """``out`` with exactly the strides that callers, and the fake, count on: sizes of 1 leave them free."""
+    return _empty(out, tuple(out.shape)).copy_(out)
 
 
 def _recording_autograd() -> Any:
@@ -149,6 +203,18 @@ class Operator:
         self.infer_shape(*call)
         return self._choose(call, backend)[1]
 
+    def serving(self, call: tuple[Any, ...], backend: str | None) -> str:
+        """The backend that serves a whole call, given weights packed for it; cheap once a call like it was made.
+
+        Args:
+            call: the schema's arguments without the dispatch ones, all of them.
+            backend: as in a call.
+
+        Raises:
+            InputError, BackendError: as the call itself would.
+        """
+        return self._plan(call, backend, None).choice.backend
+
     def _complete(self, args: Sequence[Any]) -> tuple[Any, ...]:
         # The dispatcher leaves out trailing arguments that have their default value.
         return (*args, *self._defaults[len(args) :])
@@ -157,25 +223,28 @@ class Operator:
         """The arguments of a whole call that :meth:`pack` takes: all but the input tensors."""
         return tuple(v for name, v in zip(self.argument_names, call, strict=True) if name not in self._inputs)
 
-    def _choose(self, call: tuple[Any, ...], backend: str | None) -> tuple[Kernel, Choice]:
+    def _choose(self, call: tuple[Any, ...], backend: str | None, packed_for: str | None = None) -> tuple[Kernel, Choice]:
         weights = self.weights(call)
         return dispatch.choose(
             self.name,
             call[0],
             backend,
             lambda kernel: kernel.unsupported_weights(*weights) or kernel.unsupported_input(*call),
+            call,
+            packed_for,
         )
 
-    def _plan(self, call: tuple[Any, ...], backend: str | None) -> _Plan:
+    def _plan(self, call: tuple[Any, ...], backend: str | None, packed_for: str | None) -> _Plan:
         key = (
             dispatch.requested(backend),
+            packed_for,
             *((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in call),
         )
         plan = self._plans.get(key)
         if plan is None:
             shape = self.infer_shape(*call)
             empty = call[0].shape[0] == 0
-            kernel, choice = self._choose(call, backend)
+            kernel, choice = self._choose(call, backend, packed_for)
             plan = _Plan(None if empty else kernel, choice, shape, _nhwc_stride(shape))
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
@@ -186,7 +255,7 @@ class Operator:
         *call_list, packed, packed_for, backend = self._complete(args)
         call = tuple(call_list)
         x: Tensor = call[0]
-        kernel, choice, shape, stride = self._plan(call, backend)
+        kernel, choice, shape, stride = self._plan(call, backend, packed_for)
         if packed is not None and packed_for is None:
             raise InputError(f"lowkernels.{self.name}: argument packed_for: is None; name the backend that made packed")
         if kernel is None:
@@ -197,12 +266,24 @@ class Operator:
             x, copies = nhwc(x), 1
         out = kernel.forward(x, *call[1:], packed if packed_for == choice.backend else None)
         dispatch.record(choice, copies)
-        if out.stride() != stride:
-            # Sizes of 1 leave strides free; callers, and the fake, count on exactly these.
-            laid_out = _empty(x, shape)
-            laid_out.copy_(out)
-            out = laid_out
-        return out
+        return out if out.stride() == stride else _laid_out(out)
+
+    def prepare(self, x: Tensor, call: tuple[Any, ...], packed: PackedWeights | None, backend: str | None) -> Prepared | None:
+        """What :class:`Prepared` does for inputs like ``x`` of this call; None where ``x`` is empty.
+
+        Args:
+            x: the call's input.
+            call: the schema's arguments without the dispatch ones, all of them, as they were served before.
+            packed: of the call's weights.
+            backend: as in a call.
+        """
+        kernel, choice, _, stride = self._plan(call, backend, packed.backend if packed else None)
+        if kernel is None:
+            return None
+        rest = (*call[1:], packed.tensors if packed is not None and packed.backend == choice.backend else None)
+        settled = tuple(_INPUT if v is x else v for v in rest)
+        copies = int(not x.is_contiguous(memory_format=torch.channels_last))
+        return Prepared(kernel, settled, stride, (choice, copies))
 
     def _fake(self, *args: Any) -> Tensor:
         call = self._complete(args)[:-_DISPATCH_ARGUMENTS]

@@ -54,8 +54,14 @@ class FoldedNormConv(FusedBlock):
         self._hooks_of_children = []
         self._lead = (self._original[0],)
 
-    def _make_packs(self) -> None:
-        self._packed_count, self._packed_for = 0, None
+    def _make_packs(self, *more: str) -> None:
+        self._packed, self._packed_last = {}, None
+
+    def _packs_for(self, x: Tensor) -> None:
+        return None
+
+    def _prepare(self, x: Tensor, key: object) -> None:
+        """It runs no operator of this library."""
 
     def _call_operator(self, x: Tensor, weights: list[Tensor | None], packed: PackedWeights | None) -> Tensor:
         weight, bias = weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import build
+from .chain import chain as chain
 
 NAME = "cpu"
 KERNEL = "cpu"

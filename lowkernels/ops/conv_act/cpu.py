@@ -39,7 +39,7 @@ def forward(
 ) -> Tensor:
     if packed is None:
         packed = pack(weight, bias, act, stride, padding, pool)
-    if residual is not None:
+    if residual is not None and residual is not x:
         residual = residual.expand(x.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
     out: Tensor = torch.ops.lowkernels_cpu.conv_act.default(x, residual, packed, ACTIVATION_NUMBERS[act], stride, padding, pool)
     return out

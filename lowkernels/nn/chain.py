@@ -1,0 +1,230 @@
+"""Blocks that follow one another run in one call: at batch 1, Python around small blocks takes as long as some of their kernels.
+
+A :class:`Chain` takes the place of a module that does nothing but hand each child's output to the next child, where every child is
+a block or a chain itself. It has the same children under the same names. In eval mode, where nobody listens in between and the
+backend offers it (``chain`` in the backend's module), all the blocks are one call; else the children are called one by one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import backends, dispatch
+from ..ops.operator import Prepared, looks, nobody_listens
+from .block import PREPARED_KEPT, FusedBlock, has_hooks, hook_dicts
+
+
+class _Link(NamedTuple):
+    """A block of a chain; what it had settled for its input, in which dict, and for which backend argument."""
+
+    block: FusedBlock
+    prepared: Prepared
+    settled: dict[tuple[Any, ...], Prepared]
+    backend: str
+
+    def holds(self, gradients: bool) -> bool:
+        """Whether the block would run the same kernel on the same packed weights again."""
+        block = self.block
+        return (
+            block._prepared is self.settled
+            and block.backend == self.backend
+            and not block.training
+            and not block.must_run_its_children()
+            and (block.frozen or (not gradients and block.up_to_date()))
+        )
+
+
+class _Row(NamedTuple):
+    run: Callable[[Tensor], Tensor]
+    links: list[_Link]
+
+
+class Chain(nn.Sequential):
+    """Children called one after another, in one call where that is the same. See :func:`chain_blocks`.
+
+    (N, C, H, W) -> what the last child returns. State dict, indices and iteration are those of ``nn.Sequential``.
+    """
+
+    _rows: dict[tuple[Any, ...], _Row | None]
+    _structure: list[tuple[dict[str, Any], tuple[Any, ...]]]
+    _hooks: list[dict[int, Any]]
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Shared, so that whatever is done to the children of one is done to those of the other.
+        self._modules = original._modules  # type: ignore[assignment]
+        self.training = original.training
+        self._original = (original,)
+        self._forget()
+
+    @property
+    def original(self) -> nn.Module:
+        """The module in whose place this chain is."""
+        return self._original[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.compiler.is_compiling() or not nobody_listens(x) or _has_any_global_hook():
+            return self._one_by_one(x)
+        if any(tuple(children.values()) != before for children, before in self._structure):
+            self._forget()
+        if any(self._hooks):
+            return self._one_by_one(x)
+        key = looks(x, None)
+        if key not in self._rows:
+            return self._first(x, key)
+        row = self._rows[key]
+        if row is None:
+            return self._one_by_one(x)
+        gradients = torch.is_grad_enabled()
+        for link in row.links:
+            if not link.holds(gradients):
+                del self._rows[key]
+                return self._one_by_one(x)
+        out = row.run(x)
+        for link in row.links:
+            link.block.__dict__["_last_call"] = link.prepared.served
+        dispatch.record(*row.links[-1].prepared.served)
+        return out
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return out
+
+    def _first(self, x: Tensor, key: tuple[Any, ...]) -> Tensor:
+        """Call the blocks one by one, and put together what each settles."""
+        containers = [self, *(m for m in self.modules() if m is not self and isinstance(m, Chain))]
+        blocks = list(_blocks(self))
+        self._structure = [(m._modules, tuple(m._modules.values())) for m in containers]
+        self._hooks = [hooks for m in (*containers[1:], *blocks) for hooks in hook_dicts(m)]
+        if any(self._hooks):
+            return self._one_by_one(x)
+        links: list[_Link] = []
+        inputs = []
+        for block in blocks:
+            inputs.append(x)
+            known = looks(x, block.backend_argument())
+            x = block(x)
+            prepared = block._prepared.get(known)
+            if prepared is not None:
+                links.append(_Link(block, prepared, block._prepared, block.backend))
+        if len(links) < len(blocks) and torch.is_grad_enabled():
+            # Settled without gradients only, as they mostly come.
+            return x
+        run = None
+        serving = {link.prepared.served[0].backend for link in links}
+        if len(links) == len(blocks) and len(serving) == 1:
+            make = getattr(backends.load(serving.pop()), "chain", None)
+            run = make and make([link.prepared for link in links], inputs)
+        if len(self._rows) >= PREPARED_KEPT:
+            self._rows.clear()
+        self._rows[key] = run and _Row(run, links)
+        return x
+
+    def _forget(self) -> None:
+        self._rows, self._structure, self._hooks = {}, [], []
+
+    def train(self, mode: bool = True) -> Chain:
+        super().train(mode)
+        self.original.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Chain:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def __getattr__(self, name: str) -> Any:
+        # Whoever held the original may read what it had besides its children.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": {}, "_structure": [], "_hooks": []}
+
+
+def _blocks(chain: Chain) -> Iterator[FusedBlock]:
+    for child in chain._modules.values():
+        if isinstance(child, FusedBlock):
+            yield child
+        elif isinstance(child, Chain):
+            yield from _blocks(child)
+
+
+class _Token:
+    """What is handed from child to child while a module is looked at: nothing can be done with it but hand it on."""
+
+
+class _Stub(nn.Module):
+    """In the place of a child: notes that it was called, on what, and returns a new token."""
+
+    def __init__(self, name: str, calls: list[tuple[str, object, object]]) -> None:
+        super().__init__()
+        self._note = (name, calls)
+        self.eval()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        name, calls = self._note
+        calls.append((name, (args, kwargs), token := _Token()))
+        return token
+
+
+def _is_composition(module: nn.Module) -> bool:
+    """Whether ``module(x)`` in eval mode hands x to the first child, its output to the second and so on, and does nothing else.
+
+    The module's own code is run, with stubs for children and a token for x.
+    """
+    children, training = module._modules, module.training
+    calls: list[tuple[str, Any, object]] = []
+    first = x = _Token()
+    module._modules = {name: _Stub(name, calls) for name in children}
+    module.training = False
+    try:
+        out = module.forward(first)
+    except Exception:  # it does more with x than hand it on
+        return False
+    finally:
+        module._modules, module.training = children, training
+    if [name for name, _, _ in calls] != list(children):
+        return False
+    for _, (args, kwargs), result in calls:
+        if kwargs or len(args) != 1 or args[0] is not x:
+            return False
+        x = result  # type: ignore[assignment]
+    return out is x
+
+
+def _is_chain(module: nn.Module, places: Counter[int]) -> bool:
+    children = list(module._modules.values())
+    own = (*module._parameters.values(), *module._buffers.values())
+    return (
+        not isinstance(module, FusedBlock | Chain)
+        and bool(children)
+        and all(isinstance(m, FusedBlock | Chain | nn.Identity) for m in children)
+        and sum(not isinstance(m, nn.Identity) for m in children) > 0
+        and all(v is None for v in own)
+        and not any(has_hooks(m) for m in module.modules())
+        and all(places[id(m)] <= 1 for m in module.modules())
+        and _is_composition(module)
+    )
+
+
+def chain_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, Chain]]:
+    """Find the modules under ``model`` that can be chains, innermost first.
+
+    Yields:
+        (parent, name, chain to put there). What is found next may hold it, so put it there first.
+    """
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    for parent in reversed(list(model.modules())):
+        if isinstance(parent, FusedBlock):
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is not None and _is_chain(child, places):
+                yield parent, name, Chain(child)
