@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import publish, render, rows
+from benchmarks import provenance, publish, render, rows, runner
 from benchmarks.cli import main
+from benchmarks.plots import pictures
 
 RUN: dict[str, Any] = {
     "kind": "run",
@@ -154,7 +156,9 @@ def test_the_command_adds_and_writes_the_documents(
     document.write_text("<!-- benchmarks:gpu-models:start -->\n<!-- benchmarks:gpu-models:end -->\n")
     monkeypatch.setattr(render, "RESULTS", results)
     monkeypatch.setattr(render, "DOCUMENTS", (document,))
+    monkeypatch.setattr(pictures, "PICTURES", tmp_path / "pictures")
     monkeypatch.setattr("benchmarks.cli.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.plots.pictures.PICTURES", tmp_path / "pictures")
     assert main(["add", str(measured)]) == 2
     write(measured, RUN, ROW)
     assert main(["add", str(measured)]) == 0
@@ -164,6 +168,15 @@ def test_the_command_adds_and_writes_the_documents(
     document.write_text(document.read_text().replace("2.00", "1.00"))
     assert main(["check"]) == 1
     assert capsys.readouterr().err == "README.md is out of date: run `python -m benchmarks render`\n"
+
+
+def test_what_adds_to_a_file_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(device="cuda", clock=SimpleNamespace(source="a gauge"))
+    for run in (RUN, changed(RUN, date="2026-01-03 03:04 UTC"), changed(RUN, commit="f" * 40)):
+        monkeypatch.setattr(provenance, "describe", lambda device, source, run=run: run)
+        path = runner.results_file(tmp_path, "models", ["float16", "bfloat16"], session)
+    assert path == tmp_path / NAME
+    assert [json.loads(line)["commit"][0] for line in path.read_text().splitlines()] == ["0", "f"]
 
 
 def test_a_run_that_differs_leaves_its_own_provenance(tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ def test_all(tmp_path: Path) -> None:
         by_name = {r.label: r for r in group}
         assert by_name["eager"].ms is not None
         assert by_name["lowkernels, auto"].ms is not None
+        # A model's rows name every block that was replaced.
+        replaced = [name for m in by_name["lowkernels, auto"].modules or [] if m["replaced"] for name in m["names"]]
+        assert len(replaced) == (sum((by_name["lowkernels, auto"].served or {}).values()) if group[0].kind == "model" else 0)
     assert found.run["threads"] == 1
     assert "## Operators" in (tmp_path / "report.md").read_text()
     assert "**lowkernels, auto**" in done.stdout

@@ -210,6 +210,8 @@ def test_commands_are_kept_without_the_folder_they_wrote_to() -> None:
     given = ["models", "--out", "/some/where", "--quick", "--contenders", "a|b"]
     assert provenance.command(given) == "python -m benchmarks models --quick --contenders 'a|b'"
     assert provenance.command(["ceilings"]) == "python -m benchmarks ceilings"
+    stage = ["stage", "more-models", "--out", "/some/where", "--seconds", "31.5", "--device", "cpu", "--smoke"]
+    assert provenance.command(stage) == "python -m benchmarks gpu --device cpu --smoke"
 
 
 def test_a_subject_measured_again_replaces_the_first_measurement() -> None:
