@@ -298,7 +298,12 @@ def _add(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    changed = [*copies, *render.render()]
+    try:
+        drawn = pictures.write(render.RESULTS, pictures.PICTURES)
+    except ModuleNotFoundError as error:
+        print(f"The pictures stay as they are: {error}", file=sys.stderr)
+        drawn = []
+    changed = [*copies, *drawn, *render.render()]
     for path in changed:
         print(f"{path.relative_to(ROOT)} written")
     return 0

@@ -18,9 +18,10 @@ from .provenance import ROOT
 from .rows import Results, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "experiments.md")
 HEADLINE_CONTENDER = "lowkernels, auto"
 
+EXPERIMENTS_PLACE = "experiments"
 _MARKERS = re.compile(r"(<!-- benchmarks:([a-z0-9-]+):start -->\n)(.*?)(<!-- benchmarks:\2:end -->)", re.DOTALL)
 _DASH = "–"
 
@@ -352,12 +353,29 @@ def _correctness(facts: Sequence[dict[str, object]]) -> str:
     return table(("backend", "dtype", "right", "wrong", "refused"), body, left=2) + ("\n\n" + "\n".join(bad) if bad else "")
 
 
+def drawn(results: Results) -> str:
+    """The pictures of models and operators, with captions, for a document beside their folder."""
+    # They are drawn from what is made here.
+    from .plots import pictures
+
+    return pictures.gallery(results)
+
+
+def headline_picture(results: Results) -> str:
+    """The picture of the headline, for README.md."""
+    from .plots import PLOTS, pictures
+
+    return pictures.markdown(PLOTS["gap"], results, "docs/", width=640)
+
+
 PLACES: dict[str, Callable[[Results], str]] = {
     "provenance": provenance,
     "headline": headline,
     "models": models_overview,
     "ops": ops_overview,
     "details": details,
+    "pictures": drawn,
+    "headline-picture": headline_picture,
 }
 """What can stand in a document, under the name ``<kind>-<place>``, the kind of device being ``cpu`` or ``gpu``; a place without a
 kind is filled for every device there are results of."""
@@ -380,10 +398,14 @@ def filled(text: str, results: Iterable[Results]) -> str:
     measured = list(results)
 
     def fill(match: re.Match[str]) -> str:
+        if match[2] == EXPERIMENTS_PLACE:
+            from . import experiments
+
+            return "\n\n".join((match[1].rstrip("\n"), experiments.document(measured), match[4]))
         first, _, rest = match[2].partition("-")
         kind, place = (first, rest) if first in DEVICES else (None, match[2])
         if place not in PLACES:
-            allowed = ", ".join((*PLACES, *(f"{d}-{p}" for d in DEVICES for p in PLACES)))
+            allowed = ", ".join((*PLACES, EXPERIMENTS_PLACE, *(f"{d}-{p}" for d in DEVICES for p in PLACES)))
             raise ValueError(f"unknown place benchmarks:{match[2]}; allowed are {allowed}")
         wanted = [r for r in measured if kind in (None, r.device)]
         parts = [PLACES[place](r) for r in wanted]

@@ -61,10 +61,10 @@ EXPERIMENT = Experiment(
     "protocol",
     "Throughput at batch 200 and latency at batch 1",
     "How fast are the models by the protocol of the papers: 224 px, float32, `torch.jit.optimize_for_inference`, batch 200 for "
-    "throughput and 1 for latency, medians after a warm-up? Theirs times each of 100 iterations in one process; here the "
-    "contenders take turns, as everywhere, and TorchScript is traced and frozen first, as PyTorch's documentation has it. The "
+    "throughput and 1 for latency, medians after a warm-up? Theirs times one call after another of a single model; here "
+    "the contenders take turns, as everywhere, and TorchScript is traced and frozen first, as PyTorch's documentation has it. The "
     "published images/s (batch 200, float32, TorchScript) are of another device and stand there for orientation only.",
-    "arXiv 2409.03460, section 5, and `eval_cls_model.py` of github.com/altair199797/LowFormer",
+    "arXiv 2409.03460, and `eval_cls_model.py` of github.com/altair199797/LowFormer",
     items,
     table,
     quick=Effort(turn_s=0.02, rounds=5, max_s=8.0),

@@ -58,7 +58,12 @@ class Picture:
         """
         with sheet():
             draw: Callable[[Results], Figure] = importlib.import_module(f"{__name__}.{self.name}").draw
-            return draw(results)
+            figure = draw(results)
+            # Laid out once and for all: every form of the picture then has everything in the same place.
+            figure.draw_without_rendering()
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return figure
 
 
 PLOTS: dict[str, Picture] = {
@@ -82,6 +87,39 @@ PLOTS: dict[str, Picture] = {
             "Speed-up of every layer",
             "For each layer of the model, how many times longer every rival takes than this library. "
             "To the left of the line marked lowkernels, the rival is faster.",
+        ),
+        Picture(
+            "protocol",
+            "Throughput and latency by the papers' protocol",
+            "Every variant: latency of one image on the left, throughput at batch 200 on the right, for plain PyTorch, TorchScript "
+            "and this library.",
+            "protocol",
+        ),
+        Picture(
+            "resolution",
+            "Latency against resolution",
+            "Latency of one image against its size, with Lowtention's downsampling (solid) and with attention at full resolution "
+            "(dashed).",
+            "resolution",
+        ),
+        Picture(
+            "fusing",
+            "Dense or depthwise",
+            "Above, time against multiply-accumulates of blocks with a dense and with a depthwise convolution, as PyTorch runs "
+            "them and as this library does. Below, how many times longer the depthwise one takes, against channels.",
+            "fusing",
+        ),
+        Picture(
+            "pixels",
+            "The same pixels at lower resolution",
+            "Time per megapixel when the same number of pixels comes as few large or as many small images.",
+            "pixels",
+        ),
+        Picture(
+            "sharing",
+            "Several processes on one device",
+            "Images per second of all processes together, and the latency in each, against the number of processes.",
+            "sharing",
         ),
     )
 }

@@ -47,7 +47,7 @@ def draw(results: Results) -> Figure:
             axes.plot(rival.ms, y, "|", color=INK, markersize=11, markeredgewidth=2, zorder=4)
         axes.plot(ideal, y, "D", color=OURS, markerfacecolor=PAPER, markersize=6, markeredgewidth=1.4, zorder=5)
         axes.plot(ours.ms, y, "o", color=OURS, markerfacecolor=PAPER if ours.disturbed else OURS, markersize=7, zorder=5)
-        text = f"{_short(name)}  {100 * ideal / ours.ms:.0f} %"
+        text = f"{short(name)}  {100 * ideal / ours.ms:.0f} %"
         axes.annotate(text, (ideal, y), (-9, 0), textcoords="offset points", ha="right", va="center", color=INK)
         ends += [ideal, ours.ms]
     axes.set_xscale("log")
@@ -59,7 +59,7 @@ def draw(results: Results) -> Figure:
     axes.set_xlabel(f"ms for a batch of {batch} (logarithmic)" if batch > 1 else "latency, ms for one image (logarithmic)")
     axes.set_ylabel("ImageNet-1k top-1 accuracy (%)")
     _legend(axes)
-    missing = [_short(n) for n in VARIANTS if n not in groups]
+    missing = [short(n) for n in VARIANTS if n not in groups]
     text = (
         f"{SIZE} px, batch {batch}, {rows.SHORT_DTYPES[dtype]}. "
         f"Ideal: operations over the measured peak, {peak / 1e12:.3g} TFLOP/s; the share is ideal over measured.\n{SOURCES}"
@@ -81,7 +81,8 @@ def _legend(axes: Axes) -> None:
     legend(marks, axes, ncols=4)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """What the papers call a variant."""
     text = name.removeprefix("lowformer_").upper()
     return "B1.5" if text == "B15" else text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
 from dataclasses import asdict
@@ -10,8 +11,8 @@ from pathlib import Path
 
 from .. import render
 from ..provenance import ROOT
-from ..rows import Results
-from . import Picture, figures, svg
+from ..rows import Results, device_slug
+from . import PLOTS, Picture, figures, svg
 
 PICTURES = ROOT / "docs" / "pictures"
 THEMES = ("light", "dark")
@@ -20,7 +21,8 @@ _HASH = re.compile(r"rows ([0-9a-f]{16})")
 
 def fingerprint(results: Results) -> str:
     """A hash of the rows that a picture is drawn from."""
-    text = json.dumps([results.runs, results.ceilings, [asdict(r) for r in results.rows]], sort_keys=True, default=str)
+    facts = [*results.runs, *results.ceilings, *({k: v for k, v in asdict(r).items() if v is not None} for r in results.rows)]
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -65,18 +67,29 @@ def _rows(text: str | None) -> str | None:
     return None if found is None else found[1]
 
 
-def markdown(picture: Picture, device: str, out: Path = PICTURES) -> str:
-    """The picture of a device in a document that lies beside the folder of pictures; empty if there is none.
+def markdown(picture: Picture, results: Results, path: str = "", out: Path = PICTURES, width: int | None = None) -> str:
+    """The picture of a device in a document; empty if it has not been drawn.
 
     Args:
         picture: one of :data:`benchmarks.plots.PLOTS`.
-        device: the name of its folder of results.
+        results: of the device, or of an experiment on it.
+        path: from the document to the folder beside that of the pictures.
         out: folder of the pictures.
+        width: in pixels, if not that of the picture.
     """
-    light, dark = (out / f"{picture.name}-{device}-{theme}.svg" for theme in THEMES)
-    if not light.exists():
+    if not results.run:
         return ""
+    light, dark = (f"{picture.name}-{device_slug(results.run)}-{theme}.svg" for theme in THEMES)
+    if not (out / light).exists():
+        return ""
+    size = "" if width is None else f' width="{width}"'
     return (
-        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{out.name}/{dark.name}">\n'
-        f'  <img src="{out.name}/{light.name}" alt="{picture.about}">\n</picture>'
+        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{path}{out.name}/{dark}">\n'
+        f'  <img src="{path}{out.name}/{light}" alt="{html.escape(picture.about, quote=False)}"{size}>\n</picture>'
     )
+
+
+def gallery(results: Results) -> str:
+    """Every picture of a device but those of experiments, with captions."""
+    shown = [(p, markdown(p, results)) for p in PLOTS.values() if p.experiment is None]
+    return "\n\n".join(f"{text}\n\n*{p.title}.* {p.about}" for p, text in shown if text) or "Not drawn yet."

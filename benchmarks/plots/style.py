@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID, PAPER, FILL = "#1f2329", "#5f6b77", "#d9dfe5", "#fefefe", "#e9edf2"
-OURS, BLUE, GREEN, ORANGE, PURPLE, SKY = "#c8470b", "#0068ab", "#007a57", "#a86a00", "#9c4f83", "#3a86b5"
+OURS, BLUE, GREEN, ORANGE, PURPLE, SKY = "#c8470b", "#0068ab", "#007a57", "#a16600", "#9c4f83", "#2f79a6"
 """The hues of Okabe and Ito's palette, which the colour-blind can tell apart, dark enough for text on white."""
 DARK = {
     INK: "#e7ecf2",
@@ -32,6 +33,8 @@ DARK = {
     PURPLE: "#d58bbd",
     SKY: "#86c6ec",
 }
+COLORS = {"eager": MUTED, "eager, BatchNorm folded, channels_last": INK, "TorchScript, optimize_for_inference": BLUE}
+"""Of rivals, where few are drawn together."""
 THEMES = ("light", "dark", "css")
 _WORDS = ("ink", "muted", "grid", "paper", "fill", "ours", "blue", "green", "orange", "purple", "sky")
 VARIABLES = {light: f"--plot-{word}" for light, word in zip(DARK, _WORDS, strict=True)}
@@ -107,6 +110,26 @@ def heading(figure: Figure, title: str, below: str, source: str) -> None:
 def note(axes: Axes, text: str, x: float, y: float, color: str = INK, **kwargs: Any) -> Any:
     """Text at data coordinates, which may lie outside the axes."""
     return axes.annotate(text, (x, y), **{"fontsize": 8.5, "va": "center", "color": color, "annotation_clip": False, **kwargs})
+
+
+def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.055) -> None:
+    """Names of lines at the right end of the axes, moved apart where they would cover each other.
+
+    Args:
+        axes: with their limits set.
+        labels: height in data coordinates, text and colour.
+        gap: least distance, in heights of the axes.
+    """
+    shares = []
+    for value, text, color in labels:
+        _, y = axes.transScale.transform((1.0, value))
+        (_, low), (_, high) = axes.transScale.transform([(1.0, limit) for limit in axes.get_ylim()])
+        shares.append([(y - low) / (high - low), text, color])
+    shares.sort(key=lambda s: s[0])
+    for below, above in itertools.pairwise(shares):
+        above[0] = max(above[0], below[0] + gap)
+    for y, text, color in shares:
+        axes.text(1.015, y, text, color=color, fontsize=8.5, va="center", transform=axes.transAxes)
 
 
 def legend(handles: Sequence[Any], axes: Axes, ncols: int) -> None:
