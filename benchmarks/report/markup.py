@@ -75,7 +75,7 @@ def table(
     return (
         f'<div class="scroll" role="region" aria-labelledby="{name}-caption" tabindex="0">\n'
         f'<table id="{name}" class="sortable"{" data-filtered" if filters else ""}>\n'
-        f'<caption id="{name}-caption">{escape(caption)}</caption>\n'
+        f'<caption id="{name}-caption">{prose(caption)}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 
@@ -125,6 +125,48 @@ def prose(text: str) -> str:
 
 def bullets(items: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{prose(item)}</li>" for item in items) + "</ul>"
+
+
+_FIRST_NUMBER = re.compile(r"[~*]*(-?[\d,]*\.?\d+)")
+
+
+def markdown(name: str, text: str) -> str:
+    """The tables and paragraphs of a Markdown text; a paragraph right before a table becomes its caption.
+
+    Args:
+        name: of the tables, with a number added to each.
+        text: paragraphs of plain text and code, and tables as :func:`benchmarks.render.table` makes them.
+    """
+    blocks = [block for block in text.split("\n\n") if block.strip()]
+    parts: list[str] = []
+    for index, block in enumerate(blocks):
+        if block.startswith("|"):
+            captioned = index > 0 and not blocks[index - 1].startswith("|")
+            caption = blocks[index - 1].rstrip(":") if captioned else "Results"
+            if captioned:
+                parts.pop()
+            parts.append(_markdown_table(f"{name}-{index}", caption, block))
+        else:
+            parts.append(f"<p>{prose(block)}</p>")
+    return "\n".join(parts)
+
+
+def _markdown_table(name: str, caption: str, text: str) -> str:
+    lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()]
+    header, rules, *body = lines
+    columns = [_markdown_column(i, title, rule.endswith(":")) for i, (title, rule) in enumerate(zip(header, rules, strict=True))]
+    return table(name, caption, columns, body)
+
+
+def _markdown_column(index: int, title: str, numeric: bool) -> Column[list[str]]:
+    def cell(line: list[str]) -> Cell:
+        text = line[index].replace("**", "").replace("\\|", "|")
+        number = _FIRST_NUMBER.match(text)
+        if numeric:
+            return Cell(text, float(number[1].replace(",", "")) if number else None)
+        return Cell(text, text.lower())
+
+    return Column(title, cell, numeric=numeric)
 
 
 def select(name: str, label: str, values: Iterable[str], every: str) -> str:

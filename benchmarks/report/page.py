@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import plots, rows
+from ..experiments import EXPERIMENTS
 from ..plots import style
 from ..render import (
     EVEN,
@@ -28,7 +29,7 @@ from ..render import (
     verdict,
 )
 from ..rows import Results, Row
-from .markup import Cell, Column, bullets, by, facts, inline_svg, prose, select, table
+from .markup import Cell, Column, bullets, by, facts, inline_svg, markdown, prose, select, table
 
 _HERE = Path(__file__).parent
 _DASH = "–"
@@ -77,7 +78,7 @@ def page(results: Results, title: str = "") -> str:
         ("pictures", "Pictures", _pictures(results)),
         ("measurements", "Every measurement", _measurements("measurements", latest, _about)),
         *(
-            (f"experiment-{rows.slug(name)}", f"Experiment: {name}", _measurements(f"experiment-{rows.slug(name)}", part.rows))
+            (f"experiment-{rows.slug(name)}", _experiment_title(name), _experiment(name, part))
             for name, part in results.experiments.items()
         ),
         ("replaced", "What was replaced", _replaced(latest)),
@@ -346,6 +347,21 @@ def _no_pictures(error: ModuleNotFoundError) -> str:
     return "This page has no pictures, because matplotlib is not installed where it was made: `pip install 'lowkernels[plot]'`."
 
 
+def _experiment_title(name: str) -> str:
+    return EXPERIMENTS[name].title if name in EXPERIMENTS else f"Experiment: {name}"
+
+
+def _experiment(name: str, results: Results) -> str:
+    """What it asks, its own table, and its rows."""
+    slug = f"experiment-{rows.slug(name)}"
+    measured = _measurements(slug, results.rows)
+    experiment = EXPERIMENTS.get(name)
+    if experiment is None or not any(r.ms is not None for r in results.rows):
+        return measured
+    asked = f"<p>{prose(experiment.question)} Source: {prose(experiment.source)}.</p>"
+    return f"{asked}{markdown(slug, experiment.table(results))}<details><summary>Every measurement</summary>{measured}</details>"
+
+
 def _replaced(found: Sequence[Row]) -> str:
     """What :func:`lowkernels.report` said about each model, where rows say it; models with the same outcome together."""
     told = [r for r in found if r.kind == "model" and r.ours and r.ms is not None]
@@ -353,9 +369,7 @@ def _replaced(found: Sequence[Row]) -> str:
         return ""
     recorded = [r for r in told if r.modules is not None]
     if not recorded:
-        return (
-            "<p>These rows do not name modules; the last column of the table above counts the blocks that each backend served.</p>"
-        )
+        return "<p>These rows do not name modules; the last column of “Every measurement” counts the blocks that each backend served.</p>"
     parts = []
     for index, ((subject, contender, _), same) in enumerate(by(recorded, lambda r: (r.subject, r.label, str(r.modules)))):
         modules: list[dict[str, Any]] = same[0].modules or []

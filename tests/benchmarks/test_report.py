@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import render, report, rows
 from benchmarks.cli import main
-from benchmarks.report.markup import Cell, Column, inline_svg, table
+from benchmarks.report.markup import Cell, Column, inline_svg, markdown, table
 from benchmarks.rows import Results, Row
 from tests.benchmarks import chromium
 
@@ -79,7 +79,7 @@ def results() -> Results:
     ]
     ceiling = {"kind": "ceiling", "dtype": "float32", "product": "matrix product", "tflops": 0.4, "gb_per_s": 40.0}
     point = row("lowkernels, auto", 3.0, point={"factor": 2, "way": "both"})
-    experiments = {"pixels": Results(runs=[RUN], rows=[point])}
+    experiments = {"of my own": Results(runs=[RUN], rows=[point])}
     return Results([RUN], [ceiling], [r for g in groups for r in g], other, experiments)
 
 
@@ -186,7 +186,7 @@ def test_everything_in_the_rows_has_its_place() -> None:
         "stages.0.0, stages.0.1",
         "0123456789abcdef0123456789abcdef01234567",
         "2026-01-02 03:04 UTC",
-        "Experiment: pixels",
+        "Experiment: of my own",
         "factor",
     ):
         assert expected in text, expected
@@ -241,6 +241,16 @@ def test_tables_are_escaped_and_sorted_by_value() -> None:
     assert '<caption id="t-caption">x &amp; y</caption>' in text
     assert '<th scope="col" class="number">a&lt;b</th>' in text
     assert '<tr data-kind="&quot;"><th scope="row" class="number" data-value="1.5">&lt;1.5&gt;</th></tr>' in text
+
+
+def test_markdown_tables_sort_by_their_first_number() -> None:
+    text = "model_x, `fp32`:\n\n| px | eager ms |\n| --- | ---: |\n| 64 | ~1,046.5 ±1 % |\n| a \\| b | – |\n\nThat <was> it."
+    found = markdown("t", text)
+    assert Document(found).problems == []
+    assert '<caption id="t-1-caption">model_x, <code>fp32</code></caption>' in found
+    assert '<td class="number" data-value="1046.5">~1,046.5 ±1 %</td>' in found
+    assert '<th scope="row" data-value="a | b">a | b</th><td class="number" data-value="">–</td>' in found
+    assert found.endswith("<p>That &lt;was&gt; it.</p>")
 
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
