@@ -369,7 +369,7 @@ def _replaced(found: Sequence[Row]) -> str:
         return ""
     recorded = [r for r in told if r.modules is not None]
     if not recorded:
-        return "<p>These rows do not name modules; the last column of “Every measurement” counts the blocks that each backend served.</p>"
+        return "<p>These rows do not name modules; “Every measurement” counts the blocks that each backend served.</p>"
     parts = []
     for index, ((subject, contender, _), same) in enumerate(by(recorded, lambda r: (r.subject, r.label, str(r.modules)))):
         modules: list[dict[str, Any]] = same[0].modules or []
