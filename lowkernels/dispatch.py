@@ -2,8 +2,8 @@
 
 The request comes from, in this order: the call's ``backend`` argument, the innermost :func:`use_backend` context, the environment
 variable ``LOWKERNELS_BACKEND``, and ``"auto"``. A backend requested by name serves the call or raises
-:class:`~lowkernels.errors.BackendError`; ``"auto"`` takes the first backend in priority order that can, and keeps every reason why
-the ones before it could not.
+:class:`~lowkernels.errors.BackendError`; ``"auto"`` takes the first backend that can, in the order that :mod:`lowkernels.choice`
+gives, and keeps every reason why the ones before it could not.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 
-from . import backends, selfcheck
+from . import backends, measured, selfcheck
+from . import choice as choosing
 from .errors import BackendError
+from .settings import Setting, WithSetting
 
 ENVIRONMENT_VARIABLE = "LOWKERNELS_BACKEND"
 AUTO = "auto"
@@ -47,7 +49,12 @@ class Kernel(Protocol):
         """The weights in the backend's own layout."""
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        """Run the operator; the last argument is the list :meth:`pack` made, or None. ``x`` is NHWC in memory and not empty."""
+        """Run the operator; the last argument is the list :meth:`pack` made, or None. ``x`` is NHWC in memory and not empty.
+
+        If the file has a function ``candidates(x, *args)``, of the same arguments without ``packed``, ``lowkernels tune`` tries the
+        settings it lists (dicts of names to integers), and this function heeds :func:`lowkernels.settings.current`: a setting,
+        maybe one found best for a call of a similar size, or nothing. One that does not fit the call must be ignored.
+        """
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,15 @@ class Choice:
         backend: name of the backend that serves the call.
         reason: why that one, as a sentence.
         rejected: (backend, reason) of every backend that was preferred over it and refused, in order.
+        basis: what decided: ``"request"``, ``"measured"`` (the user's table), ``"shipped"`` (a measured table that ships with the
+            package), ``"estimate"`` or ``"order"`` (the fixed order of backends).
     """
 
     operator: str
     backend: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
+    basis: str = choosing.ORDER
 
     def __str__(self) -> str:
         refused = "".join(f"; {name}: {reason}" for name, reason in self.rejected)
@@ -100,17 +110,18 @@ def use_backend(name: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def requested(argument: str | None) -> tuple[str, str]:
-    """The backend asked for and where the request came from."""
+def requested(argument: str | None) -> tuple[str, str, int]:
+    """The backend asked for, where the request came from, and which generation of measured tables answers it."""
+    tables = measured.generation()
     if argument is not None:
-        return argument, "the backend argument"
+        return argument, "the backend argument", tables
     context = _context.get()
     if context is not None:
-        return context, "lowkernels.use_backend"
+        return context, "lowkernels.use_backend", tables
     variable = os.environ.get(ENVIRONMENT_VARIABLE)
     if variable:
-        return variable, f"the environment variable {ENVIRONMENT_VARIABLE}"
-    return AUTO, "auto"
+        return variable, f"the environment variable {ENVIRONMENT_VARIABLE}", tables
+    return AUTO, "auto", tables
 
 
 @functools.cache
@@ -140,7 +151,12 @@ def _self_check(operator: str, backend: str, like: torch.Tensor) -> str | None:
 
 
 def choose(
-    operator: str, like: torch.Tensor, argument: str | None, unsupported: Callable[[Kernel], str | None]
+    operator: str,
+    like: torch.Tensor,
+    argument: str | None,
+    unsupported: Callable[[Kernel], str | None],
+    call: Sequence[Any] | None = None,
+    packed_for: str | None = None,
 ) -> tuple[Kernel, Choice]:
     """Choose the backend of one call.
 
@@ -149,11 +165,13 @@ def choose(
         like: a tensor of the call's device and dtype.
         argument: the call's ``backend`` argument.
         unsupported: asks one kernel why it cannot serve the call.
+        call: the operator's arguments without the dispatch ones, all of them; None where there is no input yet, as in packing.
+        packed_for: the backend that the weights at hand are laid out for, if any.
 
     Raises:
         BackendError: a backend asked for by name is unknown or cannot serve the call.
     """
-    name, source = requested(argument)
+    name, source, _ = requested(argument)
     check_name(name, f"lowkernels.{operator}: {source}: ")
 
     def refusal(backend: str) -> str | None:
@@ -169,18 +187,25 @@ def choose(
         reason = refusal(name)
         if reason is not None:
             raise BackendError(f"lowkernels.{operator}: backend {name!r}, asked for by {source}, cannot serve this call: {reason}")
-        return cast(Kernel, kernel(operator, name)), Choice(operator, name, f"asked for by {source}")
+        setting = {} if call is None else choosing.setting(operator, name, call)
+        return _with(operator, name, setting), Choice(operator, name, f"asked for by {source}", basis=choosing.REQUESTED)
 
+    names = [candidate for candidate in backends.PRIORITY if like.device.type in backends.load(candidate).DEVICES]
+    ranking = choosing.rank(operator, names, call, packed_for)
     rejected: list[tuple[str, str]] = []
-    for candidate in backends.PRIORITY:
-        if like.device.type not in backends.load(candidate).DEVICES:
-            continue
+    for candidate in ranking.order:
         reason = refusal(candidate)
         if reason is None:
-            why = "first choice of auto" if not rejected else "first in auto's order that can serve the call"
-            return cast(Kernel, kernel(operator, candidate)), Choice(operator, candidate, why, tuple(rejected))
+            why, basis = ranking.why(candidate, not rejected), ranking.basis_of(candidate)
+            chosen = Choice(operator, candidate, why, tuple(rejected), basis)
+            return _with(operator, candidate, ranking.settings.get(candidate, {})), chosen
         rejected.append((candidate, reason))
     raise BackendError(f"lowkernels.{operator}: no backend can serve this call: {rejected}")
+
+
+def _with(operator: str, backend: str, setting: Setting) -> Kernel:
+    found = kernel(operator, backend)
+    return cast(Kernel, WithSetting(found, setting) if setting else found)
 
 
 class _Last(threading.local):

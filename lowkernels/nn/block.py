@@ -394,8 +394,8 @@ class FusedBlock(nn.Module):
             tensors += packed.tensors
         self._keep("packed", tensors)
         self._packed = places
-        # Where it cannot be asked which backend is best for an input, as in a trace, it is taken to be the one that the inputs so far
-        # turned out to need.
+        # Where it cannot be asked which backend is best for an input, as in a trace, it is taken to be the one that the inputs so
+        # far turned out to need.
         self._packed_last = next((name for name in reversed(places) if places[name].stop > places[name].start), None)
 
     def _keep(self, kind: str, tensors: Any) -> int:
