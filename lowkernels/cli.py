@@ -1,5 +1,5 @@
-"""The command ``lowkernels``: ``info`` for bug reports, ``build`` to compile native kernels ahead of time, and ``demo``, which does
-the main job on the photograph that ships with the package."""
+"""The command ``lowkernels``: ``info`` for bug reports, ``build`` to compile native kernels ahead of time, ``tune`` to measure what
+``auto`` chooses by, and ``demo``, which does the main job on the photograph that ships with the package."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, measured
 from ._version import __version__
 from .dispatch import requested
 from .errors import LowkernelsError
+from .ops import OPERATORS
 
 if TYPE_CHECKING:
     import lowformer
 
 _DEMO_MODEL = "lowformer_b1"
+_DTYPES = ("float32", "float16", "bfloat16")
 # Rounds of the demo's timing: enough for a median, few enough to stay within seconds on a laptop.
 _DEMO_ROUNDS = 15
 _PACKAGES = (
@@ -79,6 +82,36 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--output", metavar="FOLDER", help="put the library there instead of into the cache")
     build.set_defaults(run=_build)
 
+    tune = commands.add_parser(
+        "tune",
+        help="measure the backends on this machine, for auto to choose by",
+        description="Measure every backend, and the settings it offers, on the operator calls of LowFormer models, and keep the "
+        "result in the cache folder, where auto finds it. Calls measured before are kept unless measured again.",
+    )
+    tune.add_argument("--models", nargs="+", default=[_DEMO_MODEL], metavar="MODEL", help="default: %(default)s")
+    tune.add_argument("--operators", nargs="+", default=[], choices=list(OPERATORS), metavar="OPERATOR", help="default: all")
+    tune.add_argument("--sizes", nargs="+", type=_positive, default=[224], metavar="PIXELS", help="of the images; default: 224")
+    tune.add_argument("--batches", nargs="+", type=_positive, metavar="N", help="default: 1 16 256 on cuda, else 1 8")
+    tune.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="default: float16 bfloat16 on cuda, else float32")
+    tune.add_argument("--seconds", type=_positive, default=600, help="for everything; default: %(default)s")
+    tune.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    tune.add_argument(
+        "--from",
+        dest="results",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="measure nothing: take the tuning lines of these results files of `python -m benchmarks gpu`",
+    )
+    tune.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write it into FOLDER instead of the cache, as a table that ships with the package (lowkernels/data/measured)",
+    )
+    tune.set_defaults(run=_tune)
+
     demo = commands.add_parser(
         "demo",
         help="classify the photograph that ships with the package, eager and accelerated side by side",
@@ -87,8 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("photo", nargs="?", help="another photograph")
     demo.add_argument("--backend", default="auto", help="backend of the fused operators (default: %(default)s)")
     demo.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    dtypes = ("float32", "float16", "bfloat16")
-    demo.add_argument("--dtype", choices=dtypes, default=None, help="default: float16 on cuda, else float32")
+    demo.add_argument("--dtype", choices=_DTYPES, default=None, help="default: float16 on cuda, else float32")
     demo.add_argument(
         "--weights",
         default="auto",
@@ -108,10 +140,12 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = None
     gpus = []
+    machines = [measured.machine(torch.device("cpu"))]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             gpus.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+            machines.append(measured.machine(torch.device("cuda", i)))
     state = {}
     for name in backends.PRIORITY:
         backend = backends.load(name)
@@ -125,10 +159,11 @@ def environment() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{measured.cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpus": gpus,
         "packages": packages,
         "backends": state,
+        "tables": [measured.summary(of) for of in machines if of is not None],
         "requested": "{} (from {})".format(*requested(None)),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("LOWKERNELS_", "LOWFORMER_", "TRITON_"))},
     }
@@ -142,12 +177,43 @@ def _build(args: argparse.Namespace) -> int:
     return cuda_build.main(options) if args.cuda else cpu_build.main(options)
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from . import tuning
+
+    if args.results:
+        try:
+            lines = [line for path in args.results for line in path.read_text(encoding="utf-8").splitlines()]
+            tables = tuning.rows_of_facts(lines)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"lowkernels: error: --from {' '.join(map(str, args.results))}: {error}", file=sys.stderr)
+            return 2
+    else:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        of = measured.machine(device)
+        if of is None:
+            print(f"lowkernels: error: --device {device}: nothing is measured there; allowed are cpu and cuda", file=sys.stderr)
+            return 2
+        cuda = device.type == "cuda"
+        dtypes = [getattr(torch, name) for name in args.dtypes or (("float16", "bfloat16") if cuda else ("float32",))]
+        calls = tuning.calls_of(args.models, args.sizes, args.batches or ((1, 16, 256) if cuda else (1, 8)), dtypes, args.operators)
+        print(f"{', '.join(of)}: {len(calls)} calls, at most {args.seconds} s")
+        tables = {of: tuning.tune(calls, device, args.seconds, say=print)}
+    if not any(tables.values()):
+        print("lowkernels: error: nothing was measured", file=sys.stderr)
+        return 1
+    for of, rows in tables.items():
+        path = measured.user_path(of) if args.export is None else measured.shipped_path(of, args.export)
+        together = measured.add(path, of, rows)
+        print(f"{len(rows)} calls measured, {len(together)} in {path}")
+    measured.forget()
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -163,6 +229,8 @@ def _info(args: argparse.Namespace) -> int:
         print(f"backend {name}: {state['about']}")
         print(f"    on cpu tensors:  {state['cpu']}")
         print(f"    on cuda tensors: {state['cuda']}")
+    for table in found["tables"]:
+        print(f"{'measured':12} {table}")
     print(f"{'requested':12} {found['requested']}")
     for key, value in found["environment"].items():
         print(f"{key}={value}")

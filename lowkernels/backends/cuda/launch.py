@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import settings
 from . import build, tiling
 
 load = build.load
@@ -27,7 +28,8 @@ def empty_nhwc(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def tile_for(shape: tiling.Shape, x: Tensor) -> tiling.Tile:
-    """The division of a call whose weights were found to be supported."""
-    tile = tiling.choose(shape, tiling.device_of(x))
+    """The division of a call whose weights were found to be supported: what its setting says, else the cheapest."""
+    device = tiling.device_of(x)
+    tile = tiling.asked_for(shape, device, settings.current()) or tiling.choose(shape, device)
     assert tile is not None, shape
     return tile

@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...settings import Setting
 from .pack import CHUNK, GROUP, rounded_up
 
 # Elements between pixels of a window and between rows of a tile, as csrc/cuda/window.cuh has them.
 _WINDOW_LENGTH = CHUNK + 16
 _TILE_LENGTH = CHUNK + 8
+# How many divisions a tuner tries besides the cheapest.
+_CANDIDATES = 6
 
 
 class Device(NamedTuple):
@@ -145,20 +148,35 @@ def _cost(shape: Shape, tile: Tile, device: Device) -> float:
     return waves * max(1, resident) * work * middle * alone
 
 
+def _fitting(shape: Shape, device: Device) -> Iterator[Tile]:
+    """Every division that fits the device."""
+    widest = next((c.columns for c in CONFIGS if shape.out_channels <= c.columns), CONFIGS[-1].columns)
+    tiles = (tile for config in CONFIGS if config.columns == widest for tile in _tiles(shape, config))
+    return (tile for tile in tiles if shared_bytes(shape, tile) <= device.shared)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(shape: Shape, device: Device) -> Tile | None:
     """The cheapest division that fits the device, or None if not even one pixel at a time does."""
-    widest = next((c.columns for c in CONFIGS if shape.out_channels <= c.columns), CONFIGS[-1].columns)
-    best: tuple[float, Tile] | None = None
-    for config in CONFIGS:
-        if config.columns != widest:
-            continue
-        for tile in _tiles(shape, config):
-            if shared_bytes(shape, tile) <= device.shared:
-                cost = _cost(shape, tile, device)
-                if best is None or cost < best[0]:
-                    best = cost, tile
-    return best[1] if best else None
+    return min(_fitting(shape, device), key=lambda tile: _cost(shape, tile, device), default=None)
+
+
+def candidates(shape: Shape, device: Device) -> list[dict[str, int]]:
+    """The next cheapest divisions after :func:`choose`'s, as settings: what a tuner tries."""
+    tiles = sorted(_fitting(shape, device), key=lambda tile: _cost(shape, tile, device))
+    return [tile._asdict() for tile in tiles[1 : 1 + _CANDIDATES]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _asked_for(shape: Shape, device: Device, tile: Tile) -> Tile | None:
+    return tile if tile in _fitting(shape, device) else None
+
+
+def asked_for(shape: Shape, device: Device, setting: Setting) -> Tile | None:
+    """The division a setting names, if it is one of this shape on this device."""
+    if setting.keys() != set(Tile._fields):
+        return None
+    return _asked_for(shape, device, Tile(**setting))
 
 
 def least_shared(shape: Shape) -> int:

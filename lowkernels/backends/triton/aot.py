@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import importlib
 import io
@@ -26,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import settings
 from ...ops import OPERATORS
 from ...testing import Call
+from . import configs
 from .launch import Launch, Target, planning_for
 from .layers import Layer, layers, meta_layer, name
 
@@ -130,12 +134,18 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
 @dataclass(frozen=True)
 class Job:
-    """One layer to compile for one architecture."""
+    """One layer to compile for one architecture.
+
+    Attributes:
+        layer, batch, dtype, arch: what and for what.
+        setting: instead of the table's configuration, as (name, value) pairs; one of the alternatives ``lowkernels tune`` tries.
+    """
 
     layer: Layer
     batch: int
     dtype: str
     arch: int
+    setting: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,7 @@ def check(job: Job) -> list[Check]:
 
 def planned(job: Job) -> list[Launch]:
     """What a job launches."""
-    with _tf32(job.dtype == "tf32"):
+    with _tf32(job.dtype == "tf32"), settings.using(dict(job.setting)):
         return launches(meta_layer(job.layer, job.batch, DTYPES[job.dtype]), Target(job.arch, PROCESSORS[job.arch]))
 
 
@@ -210,8 +220,9 @@ def every_job(arch: int, dtypes: Sequence[str]) -> list[Job]:
     return [Job(layer, batch, dtype, arch) for dtype in dtypes for size, batch in sizes for layer in layers(size)]
 
 
-def shipped_jobs(arch: int, dtypes: Sequence[str]) -> list[Job]:
-    """The fewest jobs that launch every row of every table, and every kernel: for each, the widest layer."""
+def shipped_jobs(arch: int, dtypes: Sequence[str], alternatives: bool = False) -> list[Job]:
+    """The fewest jobs that launch every row of every table, and every kernel: for each, the widest layer. With ``alternatives``,
+    those of each row as well."""
     chosen: dict[Any, tuple[int, Job]] = {}
     for job in every_job(arch, dtypes):
         width = max(value for key, value in job.layer[1] if key in ("channels", "hidden", "out_channels"))
@@ -219,7 +230,11 @@ def shipped_jobs(arch: int, dtypes: Sequence[str]) -> list[Job]:
             key = (job.layer[0], launch.kernel.__name__, launch.config["row"], job.dtype)
             if key not in chosen or width > chosen[key][0]:
                 chosen[key] = width, job
-    return list(dict.fromkeys(job for _, job in chosen.values()))
+    jobs = []
+    for (operator, _, row, _), (_, job) in chosen.items():
+        tried = configs.alternatives(operator, row) if alternatives else []
+        jobs += [job, *(dataclasses.replace(job, setting=tuple(changed.items())) for changed in tried)]
+    return list(dict.fromkeys(jobs))
 
 
 def source_hash() -> str:
@@ -250,8 +265,9 @@ def report(checks: Iterable[Check], archs: Sequence[int]) -> str:
     lines = [
         "# What the Triton kernels use",
         "",
-        "Written by `make aot`; compiled, not run. One line for each row of the shipped tables and each kernel, with the widest",
-        "LowFormer layer that uses it. Spills are bytes, shared memory is KiB.",
+        "Written by `make aot`; compiled, not run. One line for each row of the shipped tables, each alternative to it that",
+        "`lowkernels tune` tries (the row with a +) and each kernel, with the widest LowFormer layer that uses it. Spills are",
+        "bytes, shared memory is KiB.",
         "",
         f"{HASH_LINE.format(source_hash())} Triton {triton.__version__}. Compute capabilities: {', '.join(map(str, archs))}.",
         "",
@@ -260,7 +276,8 @@ def report(checks: Iterable[Check], archs: Sequence[int]) -> str:
     ]
     for found in checks:
         job, used = found.job, found.resources
-        cells = [found.kernel, found.row, job.arch, job.dtype, name(job.layer), job.batch, found.tiles]
+        row = f"{found.row}+" if job.setting else found.row
+        cells = [found.kernel, row, job.arch, job.dtype, name(job.layer), job.batch, found.tiles]
         if used is None:
             cells += [found.problem, "", "", ""]
         else:
@@ -281,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [arch for arch in archs if arch not in SHARED_LIMIT]
     if unknown:
         parser.error(f"--arch {unknown[0]} is not supported; allowed are {', '.join(map(str, SHARED_LIMIT))} and all")
-    select = every_job if options.every_layer else shipped_jobs
+    select = every_job if options.every_layer else functools.partial(shipped_jobs, alternatives=True)
     checks = []
     for found in run([job for arch in archs for job in select(arch, options.dtype)], options.workers):
         checks.append(found)

@@ -7,7 +7,8 @@
 A row serves a call if the compute capability lies in one of the ranges ``arch``, the dtype is listed ("tf32" is fp32 with products
 in tf32) and every feature named in ``when`` lies in its range (bounds included, null for none). The first such row counts. Features
 are what the operator describes a call by, in coarse terms: the batch size is only ever seen as the number of tiles it makes. No
-tuning happens at run time.
+tuning happens at run time. ``"alternatives"``, optional in a row, lists what ``lowkernels tune`` tries besides: for each, the
+fields of ``config`` that it changes. What it finds reaches :func:`choose` as the call's :mod:`~lowkernels.settings`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ... import settings
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -40,7 +43,7 @@ def parse(text: str) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
         raise TableError("not a list of rows")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or set(row) != {"arch", "dtype", "when", "config"}:
+        if not isinstance(row, dict) or set(row) - {"alternatives"} != {"arch", "dtype", "when", "config"}:
             raise TableError(f"row {number} has not exactly the keys arch, dtype, when, config")
         if not isinstance(row["arch"], list) or not isinstance(row["when"], dict):
             raise TableError(f"row {number}: arch is not a list, or when not an object")
@@ -48,11 +51,15 @@ def parse(text: str) -> list[dict[str, Any]]:
         for bounds in ranges:
             if not isinstance(bounds, list) or len(bounds) != 2 or not all(b is None or type(b) is int for b in bounds):
                 raise TableError(f"row {number}: {bounds!r} is not a range [low, high]")
-        if not isinstance(row["dtype"], list) or not isinstance(row["config"], dict):
-            raise TableError(f"row {number}: dtype is not a list, or config not an object")
-        for name, value in row["config"].items():
-            if type(value) is not int or value < 0:
-                raise TableError(f"row {number}: config {name} is {value!r}, not a non-negative integer")
+        alternatives = row.get("alternatives", [])
+        if not isinstance(row["dtype"], list) or not isinstance(alternatives, list):
+            raise TableError(f"row {number}: dtype or alternatives is not a list")
+        for config in (row["config"], *alternatives):
+            if not isinstance(config, dict):
+                raise TableError(f"row {number}: {config!r} is not an object of sizes")
+            for name, value in config.items():
+                if type(value) is not int or value < 0:
+                    raise TableError(f"row {number}: config {name} is {value!r}, not a non-negative integer")
     return rows
 
 
@@ -91,11 +98,19 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
     return precision if precision == "tf32" else str(dtype).removeprefix("torch.")
 
 
+def alternatives(operator: str, row: int) -> list[dict[str, int]]:
+    """What the tuner tries besides the configuration of a row; nothing for the row -1."""
+    return [] if row < 0 else list(table(operator)[row].get("alternatives", []))
+
+
 def choose(operator: str, arch: int, dtype: str, *, fallback: dict[str, int], **features: int) -> dict[str, int]:
-    """The configuration of a call: the fields of ``fallback``, with those of the table's row, if one serves it, instead.
+    """The configuration of a call: the fields of ``fallback``, with those of the table's row, if one serves it, instead, and with
+    those of the call's setting instead of both.
 
     ``row`` is the number of that row, or -1.
     """
     rows = table(operator)
     index = find(rows, arch, dtype, features)
-    return {**fallback, "row": -1} if index is None else {**fallback, **rows[index]["config"], "row": index}
+    chosen = {**fallback, "row": -1} if index is None else {**fallback, **rows[index]["config"], "row": index}
+    setting = settings.current()
+    return {**chosen, **setting} if setting else chosen

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import configs
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -114,6 +116,22 @@ def forward(
         out, launches = plan(x, *call, packed)
         run(launches, x)
     return out
+
+
+def candidates(
+    operator: str,
+    plan: Callable[..., tuple[Tensor, list[Launch]]],
+    pack: Callable[..., list[Tensor]],
+    x: Tensor,
+    *call: Any,
+    inputs: Sequence[int] = (),
+) -> list[dict[str, int]]:
+    """What a tuner may try besides the configuration a call has: the alternatives of its row. Arguments as for :func:`forward`."""
+    packed = pack(*(a for i, a in enumerate(call) if i not in inputs))
+    config = max((launch.config for launch in plan(x, *call, packed)[1]), key=lambda config: config["row"])
+    own = {key: value for key, value in config.items() if key != "row"}
+    # Whole: calls of other sizes, which may have another row, are to run with exactly what was measured.
+    return [{**own, **changed} for changed in configs.alternatives(operator, config["row"])]
 
 
 def empty_nhwc(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

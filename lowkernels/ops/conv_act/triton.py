@@ -149,3 +149,7 @@ def plan(
 
 def forward(x: Tensor, *args: Any) -> Tensor:
     return launch.forward(plan, pack, x, *args, inputs=(RESIDUAL_POSITION,))
+
+
+def candidates(x: Tensor, *args: Any) -> list[dict[str, int]]:
+    return launch.candidates("conv_act", plan, pack, x, *args, inputs=(RESIDUAL_POSITION,))

@@ -59,6 +59,27 @@ def pack(
     ]
 
 
+def _shape(x: Tensor, expand_weight: Tensor, dw_weight: Tensor, project_weight: Tensor, stride: int, padding: int) -> tiling.Shape:
+    kernel, wide = dw_weight.shape[2], x.dtype == torch.bfloat16
+    return tiling.Shape(*launch.sizes(x), project_weight.shape[0], kernel, stride, padding, expand_weight.shape[0], wide)
+
+
+def candidates(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+) -> list[dict[str, int]]:
+    return tiling.candidates(_shape(x, expand_weight, dw_weight, project_weight, stride, padding), tiling.device_of(x))
+
+
 def forward(
     x: Tensor,
     expand_weight: Tensor,
@@ -75,8 +96,8 @@ def forward(
 ) -> Tensor:
     if packed is None:
         packed = pack(expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias)
-    kernel, wide = dw_weight.shape[2], x.dtype == torch.bfloat16
-    shape = tiling.Shape(*launch.sizes(x), project_weight.shape[0], kernel, stride, padding, expand_weight.shape[0], wide)
+    kernel = dw_weight.shape[2]
+    shape = _shape(x, expand_weight, dw_weight, project_weight, stride, padding)
     tile = launch.tile_for(shape, x)
     out = launch.empty_nhwc(x, (x.shape[0], project_weight.shape[0], *shape.output))
     torch.ops.lowkernels_cuda.mbconv.default(

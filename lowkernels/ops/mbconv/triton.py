@@ -296,3 +296,7 @@ def plan(
 
 def forward(x: Tensor, *args: Any) -> Tensor:
     return launch.forward(plan, pack, x, *args)
+
+
+def candidates(x: Tensor, *args: Any) -> list[dict[str, int]]:
+    return launch.candidates("mbconv", plan, pack, x, *args)

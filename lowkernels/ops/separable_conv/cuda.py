@@ -29,6 +29,25 @@ def pack(
     ]
 
 
+def _shape(x: Tensor, dw_weight: Tensor, pw_weight: Tensor, stride: int, padding: int) -> tiling.Shape:
+    return tiling.Shape(*launch.sizes(x), pw_weight.shape[0], dw_weight.shape[2], stride, padding, 0, False)
+
+
+def candidates(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    dw_act: str,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None,
+    pw_act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+) -> list[dict[str, int]]:
+    return tiling.candidates(_shape(x, dw_weight, pw_weight, stride, padding), tiling.device_of(x))
+
+
 def forward(
     x: Tensor,
     dw_weight: Tensor,
@@ -45,7 +64,7 @@ def forward(
     if packed is None:
         packed = pack(dw_weight, dw_bias, dw_act, pw_weight, pw_bias)
     kernel = dw_weight.shape[2]
-    shape = tiling.Shape(*launch.sizes(x), pw_weight.shape[0], kernel, stride, padding, 0, False)
+    shape = _shape(x, dw_weight, pw_weight, stride, padding)
     tile = launch.tile_for(shape, x)
     out = launch.empty_nhwc(x, (x.shape[0], pw_weight.shape[0], *shape.output))
     acts = ACTIVATION_NUMBERS[dw_act], ACTIVATION_NUMBERS[pw_act]

@@ -127,3 +127,7 @@ def plan(
 
 def forward(x: Tensor, *args: Any) -> Tensor:
     return launch.forward(plan, pack, x, *args)
+
+
+def candidates(x: Tensor, *args: Any) -> list[dict[str, int]]:
+    return launch.candidates("separable_conv", plan, pack, x, *args)
