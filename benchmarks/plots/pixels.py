@@ -9,7 +9,7 @@ from ..experiments.experiment import SHORT, best, taking_part
 from ..experiments.pixels import by_factor
 from ..rows import Results
 from . import Missing, source
-from .style import COLORS, OURS, end_labels, heading, new
+from .style import COLORS, OURS, end_labels, heading, new, plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +33,7 @@ def draw(results: Results) -> Figure:
         axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, linewidth=1.8)
         labels.append((points[-1][1], SHORT[name], color))
     axes.set_ylim(bottom=0)
+    plain_numbers(axes.yaxis)
     axes.set_xticks(list(places.values()), [f"{g[0].batch} of {g[0].size} px" for g in found.values()])
     axes.grid(False, axis="x")
     end_labels(axes, labels)
