@@ -7,6 +7,7 @@ itself once for each operator, device and dtype in a process; if it fails, it is
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -25,22 +26,27 @@ _CASES: dict[str, tuple[dict[str, int], ...]] = {
 
 def failure(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``backend`` does not pass on ``device``, or None. Runs it."""
+    reasons = (failure_of(operator, backend, device, dtype, case) for case in _CASES[operator])
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is not None:
+        _log.warning("lowkernels.%s: backend %r is not used for %s: %s", operator, backend, dtype, reason)
+    return reason
+
+
+def failure_of(operator: str, backend: str, device: torch.device, dtype: torch.dtype, case: dict[str, int]) -> str | None:
+    """Why ``backend`` does not pass one random call on ``device``, or None. Runs it. ``case`` changes the call's sizes."""
     from .testing import check_call, random_call
 
-    for case in _CASES[operator]:
-        call = random_call(operator, batch=3, channels=64, height=13, width=14, dtype=dtype, device=device, **case)  # type: ignore[arg-type]
-        try:
-            with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
-                check_call(*call, backend=backend)
-        except AssertionError as error:
-            reason = f"its self-check on {_name(device)} gave wrong numbers ({error})"
-        except Exception as error:  # whatever a compiler or a driver may raise
-            first = (str(error).splitlines() or [""])[0]
-            reason = f"its self-check on {_name(device)} failed ({type(error).__name__}: {first})"
-        else:
-            continue
-        _log.warning("lowkernels.%s: backend %r is not used for %s: %s", operator, backend, dtype, reason)
-        return reason
+    sizes: dict[str, Any] = {"batch": 3, "channels": 64, "height": 13, "width": 14, **case}
+    call = random_call(operator, dtype=dtype, device=device, **sizes)
+    try:
+        with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
+            check_call(*call, backend=backend)
+    except AssertionError as error:
+        return f"its self-check on {_name(device)} gave wrong numbers ({error})"
+    except Exception as error:  # whatever a compiler or a driver may raise
+        first = (str(error).splitlines() or [""])[0]
+        return f"its self-check on {_name(device)} failed ({type(error).__name__}: {first})"
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import build
+from . import build, hopper
 
 NAME = "cuda"
 KERNEL = "cuda"
@@ -46,7 +46,7 @@ def describe() -> str:
     path = build.built()
     if path is None:
         return f"CUDA C++ kernels: to be compiled on first use by {build.compiler()}"
-    return f"CUDA C++ kernels, version {build.version()}, for {build.library_architectures(path)}"
+    return f"CUDA C++ kernels, version {build.version()}, for {build.library_architectures(path)}{hopper.describe()}"
 
 
 def tune(operator: str, args: tuple[Any, ...], seconds: float) -> Iterator[dict[str, Any]]:

@@ -147,6 +147,14 @@ def library_architectures(path: Path) -> str | None:
     return _text(path, _COMPILED_FOR)
 
 
+@functools.cache
+def compiled_for(architecture: str) -> bool:
+    """Whether the library at hand has machine code for an entry of TORCH_CUDA_ARCH_LIST such as ``9.0a``."""
+    path = built()
+    listed = library_architectures(path) if path is not None else None
+    return architecture in (entry.removesuffix("+PTX") for entry in re.split(r"[;,\s]+", listed or ""))
+
+
 def _text(path: Path, marker: bytes) -> str | None:
     content = path.read_bytes()
     at = content.find(marker)

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ...settings import Setting
 from .pack import GROUP, STEP, rounded_up
-from .tiling import Device, Tile
+from .tiling import CANDIDATES, Device, Tile
 
 WARPS = 8
 # Elements of an image whose statistics every CTA may take for itself; beyond, a launch before takes them.
@@ -21,7 +22,7 @@ INLINE_STATISTICS = 2**16
 PIECES = 32
 
 # Multiply-adds a cycle, bytes a cycle from L2 where all multiprocessors ask, and cycles that a CTA needs before and after its products.
-_MULTIPLY_ADDS, _L2_BYTES, _AROUND = 1024, 32, 3000
+_MULTIPLY_ADDS, L2_BYTES, _AROUND = 1024, 32, 3000
 # A CTA alone on its multiprocessor has nothing to do while it loads and stores; a warp alone on its scheduler while it waits for operands.
 _ALONE, _ONE_WARP = 1.15, 1.3
 
@@ -64,12 +65,11 @@ class Chain(NamedTuple):
         return WARPS // 2 * self.tiles * self.groups * 1024 if self.split > 1 else 0
 
 
-# csrc/cuda/expand_project.cuh: LK_CHAINS.
+# csrc/cuda/expand_project.cuh: LK_CHAINS. gn_mlp has all but the first, which is for few output channels.
 CHAINS = (
     Chain(1, 4, 4, 1),
     Chain(2, 4, 8, 1),
     Chain(2, 4, 8, 2),
-    Chain(2, 4, 8, 8),
     Chain(2, 2, 10, 1),
     Chain(1, 4, 16, 1),
     Chain(1, 4, 16, 4),
@@ -100,7 +100,7 @@ class Shape(NamedTuple):
         return rounded_up(self.channels, STEP)
 
 
-def _window(shape: Shape, tile: Tile) -> tuple[int, int]:
+def window(shape: Shape, tile: Tile) -> tuple[int, int]:
     """Rows and elements between rows of the window in shared memory: ``layout_of`` in csrc/cuda/expand_project.cuh."""
     height, width = shape.output
     lines, crossings, across = tile.height, 0, tile.width
@@ -119,23 +119,36 @@ def _window(shape: Shape, tile: Tile) -> tuple[int, int]:
 def shared_bytes(shape: Shape, tile: Tile) -> int:
     """Shared memory of one CTA, as the launchers ask for it."""
     chain = CHAINS[tile.config]
-    rows, pitch = _window(shape, tile)
+    rows, pitch = window(shape, tile)
     needed = chain.ring + rows * pitch * 2 + shape.kernel**2 * shape.depth // STEP * 4
     return 32 + max(needed, chain.sums) + 64 * shape.norm
 
 
-def _tiles(shape: Shape, config: int) -> Iterator[Tile]:
-    rows = CHAINS[config].rows
+def counts(shape: Shape, rows: int) -> list[int]:
+    """How many consecutive pixels a CTA of so many rows may make: as many as it has, whole images, or an image in equal parts."""
     height, width = shape.output
     plane, pixels = height * width, shape.batch * height * width
-    # Consecutive pixels: as many as there are rows, whole images, or an image in equal parts.
-    counts = {min(rows, pixels), *(n * plane for n in range(1, min(shape.batch, rows // plane) + 1))}
-    parts = -(-plane // rows)
-    counts.add(-(-plane // parts))
-    for count in sorted(counts, reverse=True):
+    found = {min(rows, pixels), *(n * plane for n in range(1, min(shape.batch, rows // plane) + 1))}
+    found.add(-(-plane // -(-plane // rows)))
+    return sorted(found, reverse=True)
+
+
+def counts(shape: Shape, rows: int) -> list[int]:
+    """Numbers of consecutive pixels for a CTA of so many rows: all rows, whole images, or an image in equal parts; the largest first."""
+    height, width = shape.output
+    plane = height * width
+    whole = (n * plane for n in range(1, min(shape.batch, rows // plane) + 1))
+    return sorted({min(rows, shape.batch * plane), *whole, -(-plane // -(-plane // rows))}, reverse=True)
+
+
+def _tiles(shape: Shape, config: int) -> Iterator[Tile]:
+    rows = CHAINS[config].rows
+    for count in counts(shape, rows):
         yield Tile(0, 1, count, config)
     if shape.norm:
+        yield Tile(0, 1, 1, config)
         return
+    height, width = shape.output
     # Rectangles, from the largest down; one of a single pixel comes last.
     for tile_width in sorted({-(-width // n) for n in range(1, width + 1)}, reverse=True):
         for tile_height in sorted({-(-height // n) for n in range(1, height + 1)}, reverse=True):
@@ -148,11 +161,20 @@ def _statistics(shape: Shape, tile: Tile) -> float:
     plane = shape.output[0]
     if not shape.norm or tile.width % plane == 0:
         return 0
+    if plane * shape.channels > INLINE_STATISTICS:
+        return _AROUND
     images = min(shape.batch, (tile.width - 2) // plane + 2)
-    return 2 * 2 * images * plane * shape.channels / _L2_BYTES if plane * shape.channels <= INLINE_STATISTICS else _AROUND
+    return 2 * 2 * images * plane * shape.channels / L2_BYTES
+
+
+def around(shape: Shape, tile: Tile) -> float:
+    """Cycles of a CTA besides its products."""
+    rows, pitch = window(shape, tile)
+    return _AROUND + 2 * rows * pitch / L2_BYTES + _statistics(shape, tile)
 
 
 def _cost(shape: Shape, tile: Tile, device: Device) -> float:
+    """Cycles of the busiest multiprocessor."""
     chain = CHAINS[tile.config]
     height, width = shape.output
     pixels = tile.height * tile.width
@@ -162,32 +184,61 @@ def _cost(shape: Shape, tile: Tile, device: Device) -> float:
         tiles = shape.batch * -(-height // tile.height) * -(-width // tile.width)
     ctas = tiles * -(-shape.out_channels // chain.columns)
     depth, expanded = shape.kernel**2 * shape.depth, rounded_up(shape.expanded, chain.chunk)
-    # A product waits for shared memory where one mma needs more bytes than pass in its time; comments of the header have the numbers.
+    # The first product waits for shared memory where one mma needs more bytes than pass in its time: 256 / tiles + 256 / expand of 256.
     first = max(1.0, 1 / chain.tiles + 1 / chain.expand)
     row = expanded * (depth * first + chain.columns)
     # Schedulers take every fourth warp; warps without pixels do nothing.
     live, row_warps = -(-pixels // (16 * chain.tiles)), WARPS // chain.split
     busy = max(sum(warp % row_warps < live for warp in range(scheduler, WARPS, 4)) for scheduler in range(4))
-    products = busy / 2 * chain.rows * row / _MULTIPLY_ADDS * (_ONE_WARP if busy == 1 else 1.0)
-    rows, pitch = _window(shape, tile)
-    weights = 2 * expanded * (depth + chain.columns) / _L2_BYTES
-    around = _AROUND + 2 * rows * pitch / _L2_BYTES + _statistics(shape, tile)
-    resident = min(chain.per_processor, device.shared_per_processor // (shared_bytes(shape, tile) + 1024))
+    # Of the multiply-adds a cycle, a scheduler has a quarter.
+    products = 4 * busy * 16 * chain.tiles * row / chain.split / _MULTIPLY_ADDS * (_ONE_WARP if busy == 1 else 1.0)
+    weights = 2 * expanded * (depth + chain.columns) / L2_BYTES
+    resident = max(1, min(chain.per_processor, device.shared_per_processor // (shared_bytes(shape, tile) + 1024)))
     alone = _ALONE if resident < 2 else 1.0
-    return -(-ctas // device.processors) * (max(products, weights) * alone + around / max(1, resident))
+    return -(-ctas // device.processors) * (max(products, weights) * alone + around(shape, tile) / resident)
+
+
+def _fitting(shape: Shape, device: Device) -> Iterator[Tile]:
+    """Every division that fits the device."""
+    tiles = (tile for config in range(1 if shape.norm else 0, len(CHAINS)) for tile in _tiles(shape, config))
+    return (tile for tile in tiles if shared_bytes(shape, tile) <= device.shared)
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(shape: Shape, device: Device) -> Tile | None:
     """The cheapest division that fits the device, or None if not even one pixel at a time does."""
-    fitting = (t for config in range(len(CHAINS)) for t in _tiles(shape, config) if shared_bytes(shape, t) <= device.shared)
-    return min(fitting, key=lambda tile: _cost(shape, tile, device), default=None)
+    return min(_fitting(shape, device), key=lambda tile: _cost(shape, tile, device), default=None)
+
+
+def cost(shape: Shape, device: Device) -> float:
+    """Cycles of the busiest multiprocessor with :func:`choose`'s division; infinite where there is none."""
+    tile = choose(shape, device)
+    return math.inf if tile is None else _cost(shape, tile, device)
+
+
+def candidates(shape: Shape, device: Device) -> list[dict[str, int]]:
+    """The next cheapest divisions after :func:`choose`'s, as settings: what a tuner tries."""
+    tiles = sorted(_fitting(shape, device), key=lambda tile: _cost(shape, tile, device))
+    return [tile._asdict() for tile in tiles[1 : 1 + CANDIDATES]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _asked_for(shape: Shape, device: Device, tile: Tile) -> Tile | None:
+    return tile if tile in _fitting(shape, device) else None
+
+
+def division(shape: Shape, device: Device, setting: Setting) -> Tile:
+    """The division of a call whose weights were found to be supported: what its setting says, else the cheapest."""
+    asked = _asked_for(shape, device, Tile(**setting)) if setting.keys() == set(Tile._fields) else None
+    tile = asked or choose(shape, device)
+    assert tile is not None, shape
+    return tile
 
 
 def least_shared(channels: int, kernel: int) -> int:
     """Shared memory of a CTA that makes a single pixel."""
     shape = Shape(1, channels, kernel, kernel, GROUP, kernel, 1, 0, GROUP, kernel == 1)
-    return min(shared_bytes(shape, Tile(1, 1, 1, config)) for config in range(len(CHAINS)))
+    return min(shared_bytes(shape, Tile(1, 1, 1, config)) for config in range(1, len(CHAINS)))
 
 
 def pieces(shape: Shape, tile: Tile) -> int:

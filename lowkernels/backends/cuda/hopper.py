@@ -1,0 +1,246 @@
+"""The tier of compute capability 9.0: fused_mbconv and gn_mlp by warpgroup products (``csrc/cuda/expand_project_sm90.cuh``).
+
+It stands beside the kernels every GPU runs: weights are packed for both, and each call takes the one that is estimated to be
+faster. Before its first use for an operator, device and dtype the tier has to pass calls of its own that meet each compiled shape;
+if it fails, the others serve, the ``lowkernels`` logger gets a warning, and the backend's description says why.
+
+``LOWKERNELS_CUDA_TIER=sm_80`` turns the tier off; ``sm_90a`` takes it wherever a call fits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import build, chains, tiling
+from .pack import STEP, rounded_up, vector
+from .tiling import Device, Tile
+
+TIER_VARIABLE = "LOWKERNELS_CUDA_TIER"
+ARCHITECTURE = "9.0a"
+# A slab of weights, as csrc/cuda/warpgroup.cuh has it: 64 of depth times 128 columns.
+SLAB_DEPTH = 64
+SLAB_COLUMNS = 128
+_SLAB_BYTES = 2 * SLAB_DEPTH * SLAB_COLUMNS
+# csrc/cuda/expand_project_sm90.cuh: kSlabStages.
+_STAGES = 5
+
+_log = logging.getLogger("lowkernels")
+
+
+class Config(NamedTuple):
+    """A compiled shape of a CTA: so many warpgroups of 64 rows each, and output channels up to ``columns``."""
+
+    number: int
+    warpgroups: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def parts(self) -> int:
+        """Slabs beside each other for the output channels."""
+        return -(-self.columns // SLAB_COLUMNS)
+
+
+# csrc/cuda/expand_project_sm90.cuh: LK_WIDE_CHAINS.
+CONFIGS = (Config(0, 3, 64), Config(1, 3, 128), Config(2, 2, 128), Config(3, 2, 256))
+MOST_COLUMNS = max(config.columns for config in CONFIGS)
+
+# A config that calls run with, whatever it costs.
+_forced: ContextVar[int | None] = ContextVar("lowkernels_hopper_config", default=None)
+# Why an operator does not use the tier on a device in a dtype; "" if it does.
+_checked: dict[tuple[str, torch.device, torch.dtype], str] = {}
+
+# Calls that meet every compiled shape between them: several CTAs, the last of them not full, with rows of several images, slabs
+# that are not full, and both strides.
+_CASES: dict[str, tuple[tuple[int, dict[str, int]], ...]] = {
+    "fused_mbconv": (
+        (0, {"channels": 20, "out_channels": 40, "hidden": 140}),
+        (0, {"channels": 64, "out_channels": 64, "stride": 2}),
+        (1, {"channels": 128, "hidden": 256}),
+        (2, {"channels": 36, "out_channels": 100, "hidden": 260}),
+        (3, {"channels": 64, "out_channels": 256}),
+    ),
+    "gn_mlp": (
+        (0, {"channels": 20, "hidden": 140}),
+        (1, {"channels": 128, "hidden": 512}),
+        (2, {"channels": 100, "hidden": 260}),
+        (3, {"channels": 256, "hidden": 512}),
+    ),
+}
+
+
+@contextmanager
+def forced(config: int) -> Iterator[None]:
+    """Within this context (and thread), calls that fit run with this config; the tier's check is skipped."""
+    token = _forced.set(config)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _asked() -> str:
+    asked = os.environ.get(TIER_VARIABLE, "auto")
+    if asked not in ("auto", "sm_80", "sm_90a"):
+        raise ValueError(f"{TIER_VARIABLE} is {asked!r}; allowed are auto, sm_80 and sm_90a")
+    return asked
+
+
+@functools.cache
+def _missing(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) != (9, 0):
+        return f"it is for compute capability 9.0; this device has {major}.{minor}"
+    # Code for plain 9.0 has no warpgroup products.
+    if not build.compiled_for(ARCHITECTURE):
+        return f"the CUDA kernels are not compiled for {ARCHITECTURE}"
+    return None
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why the tier cannot run on ``device``, or None. The CUDA kernels have been loaded."""
+    if device.type != "cuda":
+        return f"it is for NVIDIA GPUs, not for {device.type}"
+    if _asked() == "sm_80":
+        return f"{TIER_VARIABLE} is sm_80"
+    return _missing(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def shared_bytes(shape: chains.Shape, tile: Tile) -> int:
+    """Shared memory of one CTA, as the launchers ask for it."""
+    rows, pitch = chains.window(shape, tile)
+    steps = shape.kernel**2 * shape.depth // STEP
+    return _STAGES * _SLAB_BYTES + 2 * (16 + rows * pitch) + 4 * steps + 8 * 4 * CONFIGS[tile.config].warpgroups * shape.norm
+
+
+def _cost(shape: chains.Shape, tile: Tile, device: Device) -> float:
+    """Cycles of the busiest multiprocessor, like those of :mod:`.chains`."""
+    config = CONFIGS[tile.config]
+    height, width = shape.output
+    ctas = -(-shape.batch * height * width // tile.width)
+    chunks = -(-shape.expanded // SLAB_COLUMNS)
+    slabs = chunks * (-(-(shape.kernel**2 * shape.depth) // SLAB_DEPTH) + SLAB_COLUMNS // SLAB_DEPTH * config.parts)
+    # A warpgroup's products on a slab take 256 cycles of the tensor cores, and some tenth more of waiting for each other.
+    products = slabs * max(1.1 * 256 * config.warpgroups, _SLAB_BYTES / chains.L2_BYTES)
+    return -(-ctas // device.processors) * (products + chains.around(shape, tile))
+
+
+def _tiles(shape: chains.Shape, config: Config) -> Iterator[Tile]:
+    for count in chains.counts(shape, config.rows):
+        yield Tile(0, 1, count, config.number)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(shape: chains.Shape, device: Device, config: int | None) -> tuple[Tile, float] | None:
+    # Slabs are packed for as many parts as the output channels need.
+    parts = -(-shape.out_channels // SLAB_COLUMNS)
+    configs = [c for c in CONFIGS if c.parts == parts and shape.out_channels <= c.columns and config in (None, c.number)]
+    fitting = [t for c in configs for t in _tiles(shape, c) if shared_bytes(shape, t) <= device.shared]
+    costs = [(tile, _cost(shape, tile, device)) for tile in fitting]
+    return min(costs, key=lambda pair: pair[1], default=None)
+
+
+def choose(operator: str, shape: chains.Shape, x: Tensor) -> Tile | None:
+    """The division by warpgroups of a call with weights packed for them; None where the other kernels are to serve it."""
+    device, config, asked = tiling.device_of(x), _forced.get(), _asked()
+    found = _cheapest(shape, device, config)
+    if found is None or config is not None:
+        return found[0] if found else None
+    tile, cost = found
+    if asked == "sm_80" or (asked == "auto" and cost >= chains.cost(shape, device)):
+        return None
+    return None if refusal(operator, x) else tile
+
+
+def refusal(operator: str, x: Tensor) -> str:
+    """Why calls like ``x`` do not use the tier: what its check on this very device said; empty if they do."""
+    key = (operator, x.device, x.dtype)
+    if key not in _checked:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "its check cannot run while a graph is captured"
+        _checked[key] = _check(operator, x)
+    return _checked[key]
+
+
+def _check(operator: str, x: Tensor) -> str:
+    from ...selfcheck import failure_of
+
+    for config, case in _CASES[operator]:
+        with forced(config):
+            reason = failure_of(operator, "cuda", x.device, x.dtype, case)
+        if reason is not None:
+            _log.warning("lowkernels.%s: warpgroup products are not used for %s: %s", operator, x.dtype, reason)
+            return reason
+    return ""
+
+
+def describe() -> str:
+    """What is known of the tier, for the backend's description; empty where there is nothing to say."""
+    failed = sorted({f"{operator} in {dtype}: {reason}" for (operator, _, dtype), reason in _checked.items() if reason})
+    return f"; without warpgroup products: {'; '.join(failed)}" if failed else ""
+
+
+def _dealt(matrix: Tensor) -> Tensor:
+    """Columns 4 j + 2 t + i of each 16 in place 8 t + 2 j + i: a lane's accumulators are four neighbours."""
+    return matrix.reshape(matrix.shape[0], -1, 4, 2, 2).transpose(2, 3).reshape(matrix.shape)
+
+
+def _padded(matrix: Tensor, depth: int, columns: int) -> Tensor:
+    out = matrix.new_zeros(rounded_up(matrix.shape[0], depth), rounded_up(matrix.shape[1], columns))
+    out[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return out
+
+
+def _slabs(matrix: Tensor) -> Tensor:
+    """[depth, columns], whole slabs, as [slab row, slab column, values of a slab].
+
+    Values lie as shared memory takes them: for each column 64 of depth, 128 bytes, their eight 16-byte units exchanged by exclusive
+    or with the column's number. The hardware undoes that with its 128-byte swizzle.
+    """
+    depth, columns = (n // size for n, size in zip(matrix.shape, (SLAB_DEPTH, SLAB_COLUMNS), strict=True))
+    units = matrix.reshape(depth, 8, 8, columns, SLAB_COLUMNS).permute(0, 3, 4, 1, 2)
+    column = torch.arange(SLAB_COLUMNS, device=matrix.device)[:, None]
+    exchanged = torch.arange(8, device=matrix.device)[None] ^ column % 8
+    return units[:, :, column, exchanged].reshape(depth, columns, -1)
+
+
+def chain(expand: Tensor, project: Tensor) -> Tensor:
+    """The weights of two products back to back, in slabs in the order of their use: for each 128 expanded channels the first
+    product's, then the second's.
+
+    Args:
+        expand: a dense convolution (E, C, k, k).
+        project: a 1x1 convolution (O, E, 1, 1).
+
+    Returns:
+        One dimension; depth (tap row, tap column, C rounded up to 16) of the first product, E of the second.
+    """
+    expanded, channels, size, _ = expand.shape
+    taps = expand.new_zeros(size, size, rounded_up(channels, 16), expanded)
+    taps[:, :, :channels] = expand.permute(2, 3, 1, 0)
+    first = _slabs(_dealt(_padded(taps.reshape(-1, expanded), SLAB_DEPTH, SLAB_COLUMNS)))
+    # Expanded channels are dealt as columns of the first product, so as rows of the second as well.
+    behind = _dealt(_padded(project[:, :, 0, 0], SLAB_COLUMNS, SLAB_COLUMNS)).t()
+    second = _slabs(_dealt(behind))
+    chunks = first.shape[1]
+    return torch.cat([first.transpose(0, 1).flatten(1), second.reshape(chunks, -1)], 1).reshape(-1)
+
+
+def pack(expand: Tensor, expand_bias: Tensor | None, project: Tensor) -> list[Tensor]:
+    """What the tier needs of two products' weights besides the last bias: :func:`chain` and the first bias. Empty where no call of
+    theirs can take the tier."""
+    if project.shape[0] > MOST_COLUMNS or unusable(expand.device) is not None:
+        return []
+    return [chain(expand, project), vector(expand_bias, expand, expand.shape[0], SLAB_COLUMNS)]
