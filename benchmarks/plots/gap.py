@@ -63,6 +63,7 @@ def draw(results: Results) -> Figure:
     text = (
         f"{SIZE} px, batch {batch}, {rows.SHORT_DTYPES[dtype]}. "
         f"Ideal: operations over the measured peak, {peak / 1e12:.3g} TFLOP/s; the share is ideal over measured.\n{SOURCES}"
+        + (". Equal ones are drawn a little apart" if len({VARIANTS[n].top1 for n in groups}) < len(groups) else "")
         + (f". Not measured: {', '.join(missing)}" if missing else "")
     )
     heading(figure, "Efficiency gap of the LowFormer family", text, source(results))
