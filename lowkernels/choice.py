@@ -105,7 +105,7 @@ def rank(operator: str, names: Sequence[str], call: Sequence[Any] | None, packed
 
 def _estimated(operator: str, choices: list[str], names: Sequence[str], call: Sequence[Any]) -> Ranking | None:
     x: torch.Tensor = call[0]
-    if not x.is_cuda or measured.describe(operator, call) is None:
+    if not x.is_cuda or measured.machine(x.device) is None or measured.describe(operator, call) is None:
         return None
     arch, dtype = estimates.compute_capability(x.device), measured.arithmetic(x)
     times: dict[str, float] = {}

@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--operators", nargs="+", default=[], choices=list(OPERATORS), metavar="OPERATOR", help="default: all")
     tune.add_argument("--sizes", nargs="+", type=_positive, default=[224], metavar="PIXELS", help="of the images; default: 224")
     tune.add_argument("--batches", nargs="+", type=_positive, metavar="N", help="default: 1 16 256 on cuda, else 1 8")
-    tune.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="default: float16 bfloat16 on cuda, else float32")
-    tune.add_argument("--seconds", type=_positive, default=600, help="for everything; default: %(default)s")
+    tune.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="default: float16 on cuda, else float32")
+    tune.add_argument("--seconds", type=_positive, default=1200, help="for everything; default: %(default)s")
     tune.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     tune.add_argument(
         "--from",
@@ -195,13 +195,17 @@ def _tune(args: argparse.Namespace) -> int:
             print(f"lowkernels: error: --from {' '.join(map(str, args.results))}: {error}", file=sys.stderr)
             return 2
     else:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        of = measured.machine(device)
+        allowed = "cpu, cuda and cuda:N" if torch.cuda.is_available() else "cpu (no CUDA device is available)"
+        try:
+            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            of = measured.machine(device)
+        except (RuntimeError, AssertionError):
+            of = None
         if of is None:
-            print(f"lowkernels: error: --device {device}: nothing is measured there; allowed are cpu and cuda", file=sys.stderr)
+            print(f"lowkernels: error: --device {args.device}: nothing is measured there; allowed: {allowed}", file=sys.stderr)
             return 2
         cuda = device.type == "cuda"
-        dtypes = [getattr(torch, name) for name in args.dtypes or (("float16", "bfloat16") if cuda else ("float32",))]
+        dtypes = [getattr(torch, name) for name in args.dtypes or ("float16" if cuda else "float32",)]
         calls = tuning.calls_of(args.models, args.sizes, args.batches or ((1, 16, 256) if cuda else (1, 8)), dtypes, args.operators)
         print(f"{', '.join(of)}: {len(calls)} calls, at most {args.seconds} s")
         tables = {of: tuning.tune(calls, device, args.seconds, say=print)}

@@ -127,8 +127,11 @@ def _gpu(index: int) -> Machine:
 
 
 def machine(device: torch.device) -> Machine | None:
-    """The machine as far as it matters for work on ``device``; None for devices that nothing is measured on."""
+    """The machine as far as it matters for work on ``device``; None for devices that nothing is measured on, or not here."""
     if device.type == "cuda":
+        # Of fake tensors.
+        if not torch.cuda.is_available():
+            return None
         return _gpu(torch.cuda.current_device() if device.index is None else device.index)
     if device.type == "cpu":
         return Machine(cpu_name(), f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads")
@@ -286,6 +289,12 @@ def find(described: Described, of: Machine) -> Found | None:
     # What is the user's own, then what is of this very device, then the nearest.
     rank = min(((f.shipped, f.machine != of, d, i) for i, (d, f) in enumerate(near)), default=None)
     return None if rank is None else near[rank[-1]][1]
+
+
+def known(device: torch.device) -> set[Described]:
+    """The calls in the user's table of a device."""
+    of = machine(device)
+    return set() if of is None else {f.row.described for group in _index(of).values() for f in group if not f.shipped}
 
 
 def summary(of: Machine) -> str:

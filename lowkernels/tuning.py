@@ -32,7 +32,7 @@ from .testing.budget import assert_within_budget, to_float64
 # A call's contenders are measured for this long unless told otherwise.
 CALL_S = 3.0
 # What one backend may take of a sweep that has no other end.
-SWEEP_S = 1.5
+SWEEP_S = 0.4
 _TURN_S = 2e-3
 _TURNS = (3, 25)
 # A setting other than the kernel's own has to be faster by this much to be kept, and a contender slower than the best by this much
@@ -259,7 +259,7 @@ def tune(calls: Sequence[Call], device: torch.device, seconds: float, say: Calla
     """Measure every backend on each call.
 
     Args:
-        calls: as :func:`calls_of` gives them; the first are measured first.
+        calls: as :func:`calls_of` gives them; the first are measured first, but after those that the user's table does not have.
         device: to measure on.
         seconds: for all of them; those for which no time is left are not measured.
         say: gets a line about each.
@@ -269,6 +269,8 @@ def tune(calls: Sequence[Call], device: torch.device, seconds: float, say: Calla
     for operator, shapes in {operator: (operator, shapes) for operator, shapes in calls}.values():
         for _ in contenders(operator, with_data(operator, shapes, device), names):
             pass
+    known = measured.known(device)
+    calls = sorted(calls, key=lambda call: measured.describe(*call) in known)
     ends = time.perf_counter() + seconds
     rows = []
     for number, (operator, shapes) in enumerate(calls):

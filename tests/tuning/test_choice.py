@@ -253,6 +253,12 @@ def test_without_an_estimate_the_order_decides(monkeypatch: pytest.MonkeyPatch, 
     assert (found.order, found.basis) == (NAMES, "order")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_tensors_where_there_is_no_gpu_are_not_estimated() -> None:
+    call = gpu_call("gn_mlp", dtype=torch.float16)
+    assert choice.rank("gn_mlp", NAMES, call.args) == choice.Ranking(NAMES)
+
+
 def test_cpu_calls_are_not_estimated() -> None:
     assert choice.rank("gn_mlp", ("cpu", "eager"), CALL.args).basis == "order"
 

@@ -162,7 +162,8 @@ def test_calls_that_cost_most_come_first() -> None:
     [
         (["--operators", "separable_conv"], "none of lowformer_b0 calls separable_conv"),
         (["--models", "lowformer_x"], "lowformer_x"),
-        (["--device", "meta"], "allowed are cpu and cuda"),
+        (["--device", "meta"], "--device meta: nothing is measured there; allowed: cpu"),
+        (["--device", "fpga"], "--device fpga: nothing is measured there; allowed: cpu"),
         (["--from", "missing.jsonl"], "missing.jsonl"),
     ],
 )
