@@ -379,6 +379,8 @@ PLACES: dict[str, Callable[[Results], str]] = {
 }
 """What can stand in a document, under the name ``<kind>-<place>``, the kind of device being ``cpu`` or ``gpu``; a place without a
 kind is filled for every device there are results of."""
+NAMED = ("provenance", "headline", "headline-picture")
+"""Places that tell by themselves whose they are."""
 DEVICES = ("cpu", "gpu")
 
 
@@ -408,11 +410,12 @@ def filled(text: str, results: Iterable[Results]) -> str:
             allowed = ", ".join((*PLACES, EXPERIMENTS_PLACE, *(f"{d}-{p}" for d in DEVICES for p in PLACES)))
             raise ValueError(f"unknown place benchmarks:{match[2]}; allowed are {allowed}")
         wanted = [r for r in measured if kind in (None, r.device)]
-        parts = [PLACES[place](r) for r in wanted]
-        if len(wanted) > 1 and place not in ("provenance", "headline"):
-            parts = [f"On {device_title(r.run)}:\n\n{part}" for r, part in zip(wanted, parts, strict=True)]
-        nothing = "Not measured yet" + (f" on a {kind.upper()}." if kind else ".")
-        return "\n\n".join((match[1].rstrip("\n"), *(parts or [nothing]), match[4]))
+        found = [(r, part) for r in wanted if (part := PLACES[place](r))]
+        named = len(found) > 1 and place not in NAMED
+        parts = [(f"On {device_title(r.run)}:\n\n" if named else "") + part for r, part in found]
+        if not wanted:
+            parts = ["Not measured yet" + (f" on a {kind.upper()}." if kind else ".")]
+        return "\n\n".join((match[1].rstrip("\n"), *parts, match[4]))
 
     return _MARKERS.sub(fill, text)
 
