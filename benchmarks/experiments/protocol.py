@@ -66,5 +66,5 @@ EXPERIMENT = Experiment(
     "arXiv 2409.03460, and `eval_cls_model.py` of github.com/altair199797/LowFormer",
     items,
     table,
-    quick=Effort(turn_s=0.02, rounds=5, max_s=8.0),
+    quick=Effort(turn_s=0.02, rounds=5, max_s=60.0),
 )
