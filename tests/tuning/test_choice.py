@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +97,36 @@ def test_a_call_and_its_plan_follow_the_table(probe: Probe) -> None:
     assert served() == ("eager", "measured")
     know({NAME: 1.0, "eager": 2.0})
     assert served() == (NAME, "measured")
+
+
+def test_tables_may_change_while_threads_call(probe: Probe) -> None:
+    op = OPERATORS[CALL.operator]
+    expected = op.overload(*CALL.args, None, None, "eager")
+    done = threading.Event()
+    failures: list[object] = []
+
+    def work() -> None:
+        try:
+            while not done.is_set():
+                if not torch.equal(op.overload(*CALL.args, None, None, None), expected):
+                    failures.append("wrong result")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for turn in range(30):
+        know({NAME: 1.0 + turn % 2, "eager": 2.0 - turn % 2})
+        time.sleep(0.005)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    op.overload(*CALL.args, None, None, None)
+    last = dispatch.last_call()
+    assert last is not None
+    assert (last[0].backend, last[0].basis) == ("eager", "measured")
 
 
 def test_a_block_follows_the_table_and_says_so(probe: Probe) -> None:

@@ -267,6 +267,28 @@ def test_tuning_triton_in_its_interpreter(tmp_path: Path) -> None:
     assert done.stdout.endswith("tuned\n")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", list(OPERATORS))
+def test_measuring_on_a_gpu(operator: str) -> None:
+    call = random_call(operator, batch=8, channels=64, height=14, width=14, dtype=torch.float16, device="cuda")
+    found = tuning.measure(*call, ["cuda", "triton", "eager"], 0.2)
+    assert [c.backend for c in found if c.backend == "triton" and c.setting]
+    # The CUDA kernels may not be built here; what runs has to be right.
+    assert not [c.problem for c in found if c.problem and (c.backend != "cuda" or "exceeds the budget" in c.problem)]
+    described, of = measured.describe(*call), measured.machine(call.args[0].device)
+    assert described is not None
+    assert of is not None
+    row = tuning.row_of(described, found, "now")
+    assert row is not None
+    assert {"triton", "eager"} <= set(row.us)
+    measured.add(measured.user_path(of), of, [row])
+    measured.forget()
+    chosen = lowkernels.explain(*call[:1], *call.args)
+    assert chosen.basis == "measured"
+    # The least of the times, unless the fixed order has it that what is within noise of it comes first.
+    assert row.us[chosen.backend] <= choice.NOISE * min(row.us.values())
+
+
 def test_every_operator_of_the_gpu_backends_says_what_to_try() -> None:
     """Whole settings, all of them different from each other and from what runs without one."""
     for operator in OPERATORS:
