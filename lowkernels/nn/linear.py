@@ -15,15 +15,15 @@ from ..ops.activations import activate
 from .block import FusedBlock, has_hooks
 
 # Rows up to which the operator is the faster one, by backend; where there is none it never is. On a CPU reading the weights is all
-# there is to a single row, and packed ones are read in one stream; from a few rows on PyTorch's matrix products are better. On a GPU
-# up to 16 rows are one tile of the kernel that divides the depth among its warps: one launch instead of two or three.
+# there is to a single row, and packed ones are read in one stream; with more rows PyTorch's matrix products are better. On a GPU up
+# to 16 rows are one tile of the kernel that divides the depth among its warps: one launch instead of two or three.
 FASTER_UP_TO = {"cpu": 1, "cuda": 16}
 
 
 class Linear(FusedBlock, nn.Linear):
     """A fully connected layer with activation, in eval mode as one operator for the few rows of a small batch.
 
-    (N, C_in) -> (N, C_out). Everything else (many rows, inputs of more dimensions, backends without a kernel for it, gradients, train
+    (N, C_in) -> (N, C_out). Everything else (many rows, inputs of more dimensions, backends that are slower at it, gradients, train
     mode, compiled graphs) runs the original's own code. To those who look it is an nn.Linear: weight, bias, in_features and
     out_features are the original's.
 
@@ -67,6 +67,8 @@ class Linear(FusedBlock, nn.Linear):
         if (
             self.training
             or x.dim() != 2
+            or type(x) is not Tensor
+            or x.is_meta
             or torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or torch._C._is_tracing()
@@ -88,9 +90,9 @@ class Linear(FusedBlock, nn.Linear):
         return self._decisions[key]
 
     def _decide(self, x: Tensor) -> Choice | None:
-        dtype = self._compute_dtype(x.device.type)
-        image = torch.empty(x.shape[0], self.in_features, 1, 1, dtype=dtype, device=x.device)
-        weights = self._kept_weights() if self.frozen else self._live_weights(dtype)
+        weights = self._kept_weights() if self.frozen else self._live_weights(self._compute_dtype(x.device.type))
+        assert weights[0] is not None
+        image = torch.empty(x.shape[0], self.in_features, 1, 1, dtype=weights[0].dtype, device=x.device)
         choice = self.operator.explain(*self._arguments(image, weights), backend=self.backend_argument())
         most = FASTER_UP_TO.get(choice.backend, 0)
         if x.shape[0] <= most:
@@ -106,7 +108,7 @@ class Linear(FusedBlock, nn.Linear):
             assert weight is not None
             out = F.linear(x, weight.flatten(1), bias)
         else:
-            out = self._original[0].forward(x)
+            out = self._part("linear").forward(x)
         return activate(out, self._config["act"])
 
     def _part(self, role: str) -> Any:

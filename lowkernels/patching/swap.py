@@ -15,6 +15,7 @@ from ..errors import FrozenError
 from ..nn.block import FusedBlock
 from ..report import NOTES, Row
 from .batchnorm import FoldedNorm, FoldedNormConv, fold_batch_norms
+from .linears import replace_linears
 from .patterns import Match, NoMatch
 from .trial import Exchanges, StandIn, Trial, eval_mode, run, undisturbed, unwrapped
 from .verification import is_candidate, recognise, signature
@@ -45,6 +46,9 @@ def accelerate(
     A block can be an operator and still not be exchangeable: its caller may take it apart or read its attributes. So the model is
     also tried as a whole, on ``example_input`` in eval mode, before anything is exchanged for good. Where it does not run, that and
     the folding of BatchNorm are left out; the report says so.
+
+    In a model that has blocks to exchange or BatchNorms to fold, the fully connected layers that get one row an image, as
+    classifiers do, are exchanged by :class:`lowkernels.nn.Linear`, which runs small batches as the operator where that is faster.
 
     Args:
         model: any model, in train or eval mode, on any device; changed in place.
@@ -84,14 +88,14 @@ def _accelerate(model: nn.Module, backend: str, fold_batch_norm: bool, channels_
                 found = list(_find_blocks(model, notes))
             swaps = [_Swap(parent, name, full, _build(match, parent, name, backend)) for parent, name, full, match in found]
             with eval_mode(model):
-                swaps, folded = _try(model, example_input, swaps, fold_batch_norm, notes, exchanges)
+                swaps, changed = _try(model, backend, example_input, swaps, fold_batch_norm, notes, exchanges)
             for swap in swaps:
                 exchanges.put(swap.parent, swap.name, swap.block)
             for module in model.modules():
                 if isinstance(module, _OURS) and module.original is not None and module.original.training:
                     # Made or tried in eval mode, unlike what it replaces.
                     module.train()
-            if channels_last and (swaps or folded):
+            if channels_last and (swaps or changed):
                 _to_channels_last(model, strides)
                 if strides:
                     _note(model, notes, f"{len(strides)} weights of other convolutions laid out as channels_last")
@@ -167,13 +171,18 @@ def _build(match: Match, parent: nn.Module, name: str, backend: str) -> FusedBlo
 
 def _try(
     model: nn.Module,
+    backend: str,
     example_input: Tensor | None,
     swaps: list[_Swap],
     fold_batch_norm: bool,
     notes: dict[str, Row],
     exchanges: Exchanges,
 ) -> tuple[list[_Swap], int]:
-    """Fold, and leave out the blocks that their callers would miss: a model is tried before anything is swapped for good."""
+    """Exchange what is not a block, and leave out the blocks that their callers would miss.
+
+    Returns:
+        The blocks to swap, and how many other modules were exchanged.
+    """
     blocks = [s.block for s in swaps] + [m for m in model.modules() if isinstance(m, FusedBlock)]
     inside = {id(m) for block in blocks for m in block.modules()}
     norms = any(isinstance(m, nn.BatchNorm2d) and id(m) not in inside for m in model.modules())
@@ -186,22 +195,23 @@ def _try(
         _note(model, notes, f"not tried as a whole, and BatchNorm not folded: the model did not run on the example: {what}")
         return swaps, 0
     before = dict(notes)
-    folded = fold_batch_norms(model, trial, inside, notes, exchanges) if fold_batch_norm else 0
+    changed = fold_batch_norms(model, trial, inside, notes, exchanges) if fold_batch_norm else 0
+    changed += replace_linears(model, backend, trial, inside, notes, exchanges)
     stand_ins = Exchanges()
     try:
         for swap in swaps:
             stand_ins.put(swap.parent, swap.name, StandIn(swap.parent.get_submodule(swap.name)))
         if not trial.problem(model):
-            return swaps, folded
+            return swaps, changed
         stand_ins.undo()
-        problem = trial.problem(model) if folded else ""
+        problem = trial.problem(model) if changed else ""
         if problem:
             exchanges.undo()
             notes.clear()
             notes.update(before)
-            folded = 0
-            _note(model, notes, f"BatchNorm not folded: {problem}")
-        return [s for s in swaps if _is_only_called(model, trial, s, stand_ins, notes)], folded
+            changed = 0
+            _note(model, notes, f"nothing but blocks exchanged, BatchNorm not folded: {problem}")
+        return [s for s in swaps if _is_only_called(model, trial, s, stand_ins, notes)], changed
     finally:
         stand_ins.undo()
 

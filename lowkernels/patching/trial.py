@@ -68,11 +68,13 @@ class Trial:
         x: the example.
         recording: what the model did.
         calls: how often each module was called, by id.
+        dimensions: with how many dimensions each module's first argument came, by id.
     """
 
     x: Tensor
     recording: Recording
     calls: Counter[int]
+    dimensions: dict[int, set[int]]
 
     def problem(self, model: nn.Module) -> str:
         """How ``model`` now differs on the example by more than rounding, or nothing."""
@@ -131,13 +133,15 @@ def run(model: nn.Module, example_input: Tensor | None) -> Trial:
 
 def _run(model: nn.Module, x: Tensor) -> Trial:
     calls: Counter[int] = Counter()
+    dimensions: dict[int, set[int]] = {}
 
     def count(module: nn.Module, args: Any) -> None:
         calls[id(module)] += 1
+        dimensions.setdefault(id(module), set()).add(args[0].dim() if args and isinstance(args[0], Tensor) else -1)
 
     counting = register_module_forward_pre_hook(count)
     try:
-        return Trial(x, record(model, x), calls)
+        return Trial(x, record(model, x), calls, dimensions)
     finally:
         counting.remove()
 

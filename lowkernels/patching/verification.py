@@ -24,13 +24,13 @@ from .recording import Recording, record
 _SIZES = ((2, 5, 4), (1, 6, 7))
 # What else it is run on without data, for which size costs nothing: rules that depend on the size or the dtype show.
 _SIZES_WITHOUT_DATA = ((1, 14, 14), (8, 33, 64), (1, 224, 192), (200, 512, 800))
-_DTYPES_WITHOUT_DATA = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES_WITHOUT_DATA = (torch.float32, torch.float16, torch.bfloat16)
 # The largest block that is looked at as a whole: an inverted residual with squeeze-and-excitation has five convolutions.
 _MOST_CONVOLUTIONS = 8
 # How many different random numbers weights are made of. Prime, so that no two rows of a weight are alike.
 _RANDOM_NUMBERS = 65537
 # Half of float64's digits: rounding in another order stays far below, any other function is far above.
-_SAME = torch.finfo(torch.float64).eps ** 0.5
+SAME = torch.finfo(torch.float64).eps ** 0.5
 # What a module may change about its own handling besides forward(); a drop-in module would not do it.
 _HANDLING = (
     "__call__",
@@ -95,7 +95,7 @@ def recognise(module: nn.Module) -> Match:
             problem = problem or _first_line(error)
             continue
         worst = max(_difference(result, recording.tensor) for result, recording in zip(results, recordings, strict=True))
-        if worst <= _SAME:
+        if worst <= SAME:
             return match
         problem = f"looks like {match.module.operator_name}, but gives other numbers (relative difference {worst:.1e})"
     raise NoMatch(problem)
@@ -124,9 +124,9 @@ def _changes(module: nn.Module, channels: int, recordings: list[Recording]) -> s
     """How ``module`` does different things for different inputs, or nothing."""
     if _arithmetic(recordings[0]) != _arithmetic(recordings[1]):
         return "does different things for different input sizes"
-    twins = {dtype: _twin(module, torch.device("meta"), dtype) for dtype in _DTYPES_WITHOUT_DATA}
+    twins = {dtype: empty_twin(module, torch.device("meta"), dtype) for dtype in DTYPES_WITHOUT_DATA}
     runs = [(torch.float32, size) for size in (*_SIZES, *_SIZES_WITHOUT_DATA)]
-    runs += [(dtype, _SIZES[0]) for dtype in _DTYPES_WITHOUT_DATA[1:]]
+    runs += [(dtype, _SIZES[0]) for dtype in DTYPES_WITHOUT_DATA[1:]]
     first: list[Any] = []
     for dtype, (n, h, w) in runs:
         x = torch.empty(n, channels, h, w, dtype=dtype, device="meta")
@@ -214,7 +214,7 @@ def _tensor_signature(module: nn.Module, tensor: Tensor, order: dict[int, int]) 
     return type(tensor), tuple(tensor.shape), tensor.dtype, order.setdefault(id(tensor), len(order))
 
 
-def _twin(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def empty_twin(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy in eval mode on another device, its floating tensors in ``dtype`` and without their values.
 
     Raises:
@@ -243,7 +243,7 @@ def random_twin(module: nn.Module) -> nn.Module:
     Raises:
         NoMatch: the module cannot be copied.
     """
-    twin = _twin(module, torch.device("cpu"), torch.float64)
+    twin = empty_twin(module, torch.device("cpu"), torch.float64)
     numbers, start = _random_numbers(), 0
     with torch.no_grad():
         for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
