@@ -60,12 +60,14 @@ class Outcome:
         reports: one line each: kind, place, how often, and the first case.
         barriers: every barrier that was met, as ``file:line``.
         blocks: CTAs run.
+        launches: kernels launched.
         shared: the most shared memory a launch asked for, in bytes.
     """
 
     reports: list[str] = field(default_factory=list)
     barriers: list[str] = field(default_factory=list)
     blocks: int = 0
+    launches: int = 0
     shared: int = 0
 
 
@@ -121,6 +123,7 @@ def machine() -> ctypes.CDLL:
     for name in ("shim_end", "shim_barriers", "shim_choose"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.shim_blocks.restype = ctypes.c_long
+    loaded.shim_launches.restype = ctypes.c_long
     loaded.shim_most_shared.restype = ctypes.c_size_t
     return loaded
 
@@ -225,6 +228,7 @@ def watched(library: Path, schedule: tuple[int, int] = SCHEDULES[0], skip: str =
         outcome.reports = [_located(line, library) for line in lines]
         outcome.barriers = shim.shim_barriers().decode().splitlines()
         outcome.blocks = shim.shim_blocks()
+        outcome.launches = shim.shim_launches()
         outcome.shared = shim.shim_most_shared()
 
 

@@ -817,6 +817,7 @@ const char* shim_barriers() {
 }
 
 long shim_blocks() { return S.blocks_run; }
+long shim_launches() { return S.launches; }
 size_t shim_most_shared() { return S.most_shared; }
 
 #define ACCESS(name, bytes, write)                                                                          \
