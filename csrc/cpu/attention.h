@@ -40,21 +40,15 @@ LK_INLINE void pack_head(const Heads& heads, i64 head, float* keys) {
 // exp(scale * (row - max)) in place; returns the sum. Padding columns hold -infinity and become nothing.
 LK_INLINE float exponentials(float* row, i64 padded, float scale) {
     V highest = load(row);
-    for (i64 i = VL; i < padded; i += VL) {
-        V x = load(row + i);
-        highest = x > highest ? x : highest;
-    }
-    float top = highest[0];
-    for (int i = 1; i < VL; ++i) top = highest[i] > top ? highest[i] : top;
+    for (i64 i = VL; i < padded; i += VL) highest = maximum(load(row + i), highest);
+    const float top = across(highest, [](V a, V b) { return maximum(a, b); });
     V total = {};
     for (i64 i = 0; i < padded; i += VL) {
         V e = exponential((load(row + i) - top) * scale);
         store(row + i, e);
         total += e;
     }
-    float sum = 0;
-    for (int i = 0; i < VL; ++i) sum += total[i];
-    return sum;
+    return across(total, [](V a, V b) { return a + b; });
 }
 
 // Tokens [begin, begin + count) of one head, count <= MR. use(token, values, width, channel) receives the results, token by token,

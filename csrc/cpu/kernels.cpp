@@ -219,20 +219,13 @@ void inverted_residual(const InvertedResidual& call, const Context& context) {
             source = s.input;
         }
         float* panel_input = reinterpret_cast<float*>(team.own);
+        int bordered = 0;  // the width of panels for which this thread's border is zero
         team.run(panels_of(hidden), [&](i64 panel, i64 next) {
             const int width = panel_width(hidden, panel);
             const i64 channel = panel * NW, row = columns * width;
             if (expands) {
-                const i64 right = columns - call.padding - inside;
-                for (i64 r = 0; r < rows; ++r) {
-                    float* at = panel_input + r * row;
-                    if (top + r < first || top + r >= last) {
-                        std::memset(at, 0, row * sizeof(float));
-                        continue;
-                    }
-                    std::memset(at, 0, call.padding * width * sizeof(float));
-                    std::memset(at + row - right * width, 0, right * width * sizeof(float));
-                }
+                if (bordered != width) std::memset(panel_input, 0, rows * row * sizeof(float));
+                bordered = width;
                 const Source<A> pixels_of{{source, channels, 0, 1, int(channels)}, im.w * channels, last - first, inside};
                 float* to = panel_input + (first - top) * row + call.padding * width - channel;
                 panel_product(pixels_of, expand, call.expand_act, Target<float>{to, nullptr, width, row, channel + width}, panel, 0,

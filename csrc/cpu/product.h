@@ -20,36 +20,50 @@ struct Target {
     i64 pixel, run, columns;
 };
 
+// A value as it goes to memory: bias added, activated, rounded, the residual added last.
+template <int ACT, class T, class R>
+LK_INLINE void finish_vector(V c, const float* bias, T* to, const R* add, i64 columns) {
+    V x = activate<ACT, T>(c + load(bias));
+    if (VL <= columns) {
+        if (add) x += load(add);
+        return store(to, x);
+    }
+    float values[VL];
+    store(values, x);
+    for (int i = 0; i < columns; ++i) from_float(to + i, values[i] + (add ? to_float(add[i]) : 0.0f));
+}
+
 template <int ACT, class T, class R>
 void finish(const float* c, i64 rows, int width, const float* bias, T* out, const R* residual, i64 pixel, i64 columns) {
     for (i64 r = 0; r < rows; ++r) {
-        for (int v = 0; v < width; v += VL) {
-            V x = activate<ACT>(load(c + r * width + v) + load(bias + v));
-            T* to = out + r * pixel + v;
-            const R* add = residual ? residual + r * pixel + v : nullptr;
-            if (v + VL <= columns) {
-                if (add) x += load(add);
-                store(to, x);
-                continue;
-            }
-            float values[VL];
-            store(values, x);
-            for (int i = 0; i < columns - v; ++i) from_float(to + i, values[i] + (add ? to_float(add[i]) : 0.0f));
-        }
+        for (int v = 0; v < width; v += VL)
+            finish_vector<ACT>(load(c + r * width + v), bias + v, out + r * pixel + v, residual ? residual + r * pixel + v : nullptr,
+                               columns - v);
+    }
+}
+
+template <int ACT>
+struct Constant {
+    static constexpr int value = ACT;
+};
+
+// f(Constant<act>()): the activation as a template argument.
+template <class F>
+LK_INLINE void with_activation(int act, const F& f) {
+    switch (act) {
+        case NONE: return f(Constant<NONE>());
+        case RELU: return f(Constant<RELU>());
+        case RELU6: return f(Constant<RELU6>());
+        case HARDSWISH: return f(Constant<HARDSWISH>());
+        case SILU: return f(Constant<SILU>());
+        case GELU: return f(Constant<GELU>());
+        case GELU_TANH: return f(Constant<GELU_TANH>());
     }
 }
 
 template <class T, class R>
 void finish(int act, const float* c, i64 rows, int width, const float* bias, T* out, const R* residual, i64 pixel, i64 columns) {
-    switch (act) {
-        case NONE: return finish<NONE>(c, rows, width, bias, out, residual, pixel, columns);
-        case RELU: return finish<RELU>(c, rows, width, bias, out, residual, pixel, columns);
-        case RELU6: return finish<RELU6>(c, rows, width, bias, out, residual, pixel, columns);
-        case HARDSWISH: return finish<HARDSWISH>(c, rows, width, bias, out, residual, pixel, columns);
-        case SILU: return finish<SILU>(c, rows, width, bias, out, residual, pixel, columns);
-        case GELU: return finish<GELU>(c, rows, width, bias, out, residual, pixel, columns);
-        case GELU_TANH: return finish<GELU_TANH>(c, rows, width, bias, out, residual, pixel, columns);
-    }
+    with_activation(act, [&](auto known) { finish<known.value>(c, rows, width, bias, out, residual, pixel, columns); });
 }
 
 LK_INLINE i64 panels_of(i64 columns) { return divide_up(columns, NW); }
@@ -88,14 +102,19 @@ LK_INLINE i64 tiles_of_run(const Source<A>& source) {
     return divide_up(source.pixels, MR);
 }
 
-// Calls store(tile, rows, run, pixel) for the tiles [begin, end) of one panel of columns.
+// As many cache lines a step as it takes to be done when the last of these tiles is.
+template <class A>
+LK_INLINE void set_pace(Prefetch& prefetch, const Rows<A>& rows, i64 tiles) {
+    const i64 steps = tiles * rows.segments * larger(1, rows.length / (4 * Operand<A>::step));
+    prefetch.advance = smaller(4, divide_up(prefetch.end - prefetch.next, 64 * larger(1, steps))) * 64;
+}
+
+// Calls use(tile, rows, run, pixel) for the tiles [begin, end) of one panel of columns.
 template <class A, class F>
 LK_INLINE void panel_tiles(const Source<A>& source, const A* weight, int width, i64 begin, i64 end, Prefetch& prefetch, const F& use) {
     alignas(64) float c[MR * NW];
     const i64 per_run = tiles_of_run(source);
-    // As many cache lines a step as it takes to be done when the last tile is.
-    const i64 steps = (end - begin) * source.first.segments * larger(1, source.first.length / (4 * Operand<A>::step));
-    prefetch.advance = smaller(4, divide_up(prefetch.end - prefetch.next, 64 * larger(1, steps))) * 64;
+    set_pace(prefetch, source.first, end - begin);
     i64 run = begin / per_run, index = begin % per_run;
     for (i64 tile = begin; tile < end; ++tile) {
         i64 pixel = index * source.pixels / per_run;
@@ -180,12 +199,16 @@ void padded_row(A* to, const T* image, i64 h, i64 w, i64 c, i64 y, i64 left, i64
     if (c == to_channels) {
         convert(inside, row, (until - from) * c);
     } else if (same<A, bf16> && same<T, bf16> && c == 3 && to_channels == 4) {
-        // Photographs: the fourth channel, which is the next pixel's first, is masked out of an 8-byte copy.
-        for (i64 i = 0; i < until - from; ++i) {
-            std::uint64_t pixel = 0;
-            std::memcpy(&pixel, row + 3 * i, i + 1 < until - from ? 8 : 6);
-            pixel &= 0xffffffffffffull;
-            std::memcpy(inside + 4 * i, &pixel, 8);
+        // Photographs: eight pixels at a time, which are in the first 24 of 32 values, get a fourth channel.
+        typedef std::uint16_t Values __attribute__((vector_size(64)));
+        const Values places = {0,  1,  2,  32, 3,  4,  5,  32, 6,  7,  8,  32, 9,  10, 11, 32,
+                               12, 13, 14, 32, 15, 16, 17, 32, 18, 19, 20, 32, 21, 22, 23, 32};
+        for (i64 i = 0; i < until - from; i += 8) {
+            const i64 left_over = until - from - i;
+            Values pixels = {};
+            std::memcpy(&pixels, row + 3 * i, 3 * left_over >= 32 ? 64 : 6 * smaller(8, left_over));
+            pixels = __builtin_shuffle(pixels, Values{}, places);
+            std::memcpy(inside + 4 * i, &pixels, 8 * smaller(8, left_over));
         }
     } else {
         for (i64 i = 0; i < until - from; ++i) {

@@ -72,9 +72,31 @@ LK_INLINE void from_float(bf16* p, float x) {
     p->bits = x != x ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
-// Comparisons are written so that a NaN passes through.
-LK_INLINE V at_least(V x, float low) { return x < low ? V{} + low : x; }
-LK_INLINE V at_most(V x, float high) { return x > high ? V{} + high : x; }
+// The larger, or the smaller, of two; b where one is a NaN.
+#if defined(__AVX512F__)
+LK_INLINE V maximum(V a, V b) { return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+LK_INLINE V minimum(V a, V b) { return (V)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+LK_INLINE V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+LK_INLINE V minimum(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+LK_INLINE V maximum(V a, V b) { return a > b ? a : b; }
+LK_INLINE V minimum(V a, V b) { return a < b ? a : b; }
+#endif
+
+// A NaN in x passes through.
+LK_INLINE V at_least(V x, float low) { return maximum(V{} + low, x); }
+LK_INLINE V at_most(V x, float high) { return minimum(V{} + high, x); }
+
+// All elements by `combine`, halves with halves.
+template <class F>
+LK_INLINE float across(V x, const F& combine) {
+    VI lane;
+    for (int i = 0; i < VL; ++i) lane[i] = i;
+#pragma GCC unroll 4
+    for (int half = VL / 2; half > 0; half /= 2) x = combine(x, __builtin_shuffle(x, lane ^ half));
+    return x[0];
+}
 
 // 2^n * p(r) with |r| <= ln 2 / 2; the series to r^7 leaves a relative error of 5e-9.
 LK_INLINE V exponential(V x) {
@@ -99,7 +121,7 @@ LK_INLINE V exponential(V x) {
 }
 
 // z * P(z^2) / Q(z^2), a least-maximum fit made for this file: error below 4e-7 everywhere, clamped where erf is 1 in fp32.
-LK_INLINE V error_function(V z) {
+LK_INLINE V error_function(V z, float) {
     z = at_most(at_least(z, -3.95f), 3.95f);
     V t = z * z;
     V p = t * 2.01173975e-06f + 0.000287601666f;
@@ -115,13 +137,30 @@ LK_INLINE V error_function(V z) {
     return z * p / q;
 }
 
-template <int ACT>
+// For what is rounded to bf16 next, z * P(s) with s from -1 at z = 0 to 1 at the clamp: error below 4e-5, and no division.
+LK_INLINE V error_function(V z, bf16) {
+    constexpr float clamp = 3.2f;
+    z = at_most(at_least(z, -clamp), clamp);
+    V s = z * z * (2 / (clamp * clamp)) - 1.0f;
+    V p = s * 0.0125127705f - 0.0296183f;
+    p = p * s + 0.031731296f;
+    p = p * s - 0.04501114f;
+    p = p * s + 0.080241755f;
+    p = p * s - 0.11604049f;
+    p = p * s + 0.15451579f;
+    p = p * s - 0.21715091f;
+    p = p * s + 0.44132873f;
+    return z * p;
+}
+
+// For a result of type T.
+template <int ACT, class T>
 LK_INLINE V activate(V x) {
     if constexpr (ACT == RELU) return at_least(x, 0.0f);
     if constexpr (ACT == RELU6) return at_most(at_least(x, 0.0f), 6.0f);
     if constexpr (ACT == HARDSWISH) return x * at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6);
     if constexpr (ACT == SILU) return x / (1.0f + exponential(-x));
-    if constexpr (ACT == GELU) return 0.5f * x * (1.0f + error_function(x * 0.707106781f));
+    if constexpr (ACT == GELU) return 0.5f * x * (1.0f + error_function(x * 0.707106781f, T()));
     if constexpr (ACT == GELU_TANH) {
         V u = 0.797884561f * (x + 0.044715f * x * x * x);
         return x - x / (exponential(u + u) + 1.0f);

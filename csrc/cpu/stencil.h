@@ -101,11 +101,13 @@ void fill_panel(float* to, const T* image, i64 h, i64 w, i64 c, i64 top, i64 row
     }
 }
 
-template <int P>
-LK_INLINE void depthwise_pixels(const float* in, i64 row, i64 pixel, i64 step, i64 k, const float* weight, i64 padded, float* c,
-                                int width) {
+// One vector of channels of P neighbouring outputs. K is the kernel's size where that is known.
+template <int P, int K>
+void depthwise_pixels(const float* in, i64 row, i64 pixel, i64 step, i64 k, const float* weight, i64 padded, float* c, int width) {
+    if (K > 0) k = K;
     V acc[P] = {};
     for (i64 y = 0; y < k; ++y) {
+#pragma GCC unroll 5
         for (i64 x = 0; x < k; ++x) {
             V w = load(weight + (y * k + x) * padded);
 #pragma GCC unroll 8
@@ -116,25 +118,29 @@ LK_INLINE void depthwise_pixels(const float* in, i64 row, i64 pixel, i64 step, i
     for (int p = 0; p < P; ++p) store(c + p * width, acc[p]);
 }
 
+typedef void (*DepthwisePixels)(const float*, i64, i64, i64, i64, const float*, i64, float*, int);
+
+template <int... P>
+LK_INLINE DepthwisePixels depthwise_of(i64 pixels, i64 k, Heights<P...>) {
+    static constexpr DepthwisePixels any[] = {depthwise_pixels<P, 0>...}, three[] = {depthwise_pixels<P, 3>...},
+                                     five[] = {depthwise_pixels<P, 5>...};
+    return (k == 3 ? three : k == 5 ? five : any)[pixels - 1];
+}
+
 // A panel of a depthwise convolution: `rows` x `pixels` outputs from a panel `columns` wide, written `out_pixel` apart.
 template <class A>
 void depthwise_panel(const float* in, i64 columns, int width, const Depthwise& conv, i64 channel, i64 stride, int act, i64 rows,
                      i64 pixels, A* out, i64 out_pixel) {
     alignas(64) float c[8 * NW];
-    const i64 row = columns * width, step = stride * width;
-    for (i64 y = 0; y < rows; ++y) {
-        for (i64 x = 0; x < pixels;) {
-            const int count = pixels - x >= 8 ? 8 : pixels - x >= 4 ? 4 : pixels - x >= 2 ? 2 : 1;
-            const float* from = in + y * stride * row + x * step;
-            for (int v = 0; v < width; v += VL) {
-                const float* weight = conv.weight + channel + v;
-                if (count == 8) depthwise_pixels<8>(from + v, row, width, step, conv.k, weight, conv.padded, c + v, width);
-                if (count == 4) depthwise_pixels<4>(from + v, row, width, step, conv.k, weight, conv.padded, c + v, width);
-                if (count == 2) depthwise_pixels<2>(from + v, row, width, step, conv.k, weight, conv.padded, c + v, width);
-                if (count == 1) depthwise_pixels<1>(from + v, row, width, step, conv.k, weight, conv.padded, c + v, width);
-            }
+    const i64 row = columns * width, step = stride * width, groups = divide_up(pixels, 8);
+    for (i64 group = 0; group < groups; ++group) {
+        // Pixels of a row, equally many at a time.
+        const i64 x = group * pixels / groups, count = (group + 1) * pixels / groups - x;
+        const DepthwisePixels apply = depthwise_of(count, conv.k, HeightsTo<8>::type());
+        for (i64 y = 0; y < rows; ++y) {
+            for (int v = 0; v < width; v += VL)
+                apply(in + y * stride * row + x * step + v, row, width, step, conv.k, conv.weight + channel + v, conv.padded, c + v, width);
             finish<A, A>(act, c, count, width, conv.bias + channel, out + (y * pixels + x) * out_pixel, nullptr, out_pixel, width);
-            x += count;
         }
     }
 }

@@ -73,35 +73,36 @@ void transform_input(const T* image, const WinogradBlock& block, i64 tile_row, A
 }
 
 // A^T m A of the tiles [begin, end) of one panel, then bias, activation, residual.
-template <class T>
-void transform_output(const float* m, const WinogradBlock& block, const Conv& conv, int act, const Target<T>& target, i64 panel,
-                      i64 begin, i64 end) {
+template <int ACT, class T>
+void transform_output(const float* m, const WinogradBlock& block, const Conv& conv, const Target<T>& target, i64 panel, i64 begin,
+                      i64 end) {
     const int width = panel_width(conv.out, panel);
     const i64 column = panel * NW, columns = smaller(width, target.columns - column);
     const i64 plane = (end - begin) * width, per_row = block.tile_columns(), height = block.y1 - block.y0;
-    alignas(64) float y[4 * NW];
     for (i64 tile = begin; tile < end; ++tile) {
-        const float* from = m + (tile - begin) * width;
+        const i64 oy = tile / per_row * 2, ox = tile % per_row * 2, rows = smaller(2, height - oy), pixels = smaller(2, block.w_out - ox);
+        const i64 corner = oy * target.run + ox * target.pixel + column;
         for (int v = 0; v < width; v += VL) {
+            const float* from = m + (tile - begin) * width + v;
             V t[8];
 #pragma GCC unroll 4
             for (int x = 0; x < 4; ++x) {
-                V a = load(from + x * plane + v), b = load(from + (4 + x) * plane + v);
-                V c = load(from + (8 + x) * plane + v), d = load(from + (12 + x) * plane + v);
+                V a = load(from + x * plane), b = load(from + (4 + x) * plane);
+                V c = load(from + (8 + x) * plane), d = load(from + (12 + x) * plane);
                 t[x] = a + b + c;
                 t[4 + x] = b - c - d;
             }
 #pragma GCC unroll 2
             for (int r = 0; r < 2; ++r) {
-                store(y + (2 * r) * width + v, t[4 * r] + t[4 * r + 1] + t[4 * r + 2]);
-                store(y + (2 * r + 1) * width + v, t[4 * r + 1] - t[4 * r + 2] - t[4 * r + 3]);
+                const V y[2] = {t[4 * r] + t[4 * r + 1] + t[4 * r + 2], t[4 * r + 1] - t[4 * r + 2] - t[4 * r + 3]};
+#pragma GCC unroll 2
+                for (int s = 0; s < 2; ++s) {
+                    if (r >= rows || s >= pixels) continue;
+                    const i64 at = corner + r * target.run + s * target.pixel + v;
+                    finish_vector<ACT>(y[s], conv.bias + column + v, target.data + at, target.residual ? target.residual + at : nullptr,
+                                       columns - v);
+                }
             }
-        }
-        const i64 oy = tile / per_row * 2, ox = tile % per_row * 2;
-        for (i64 r = 0; r < 2 && oy + r < height; ++r) {
-            i64 at = (oy + r) * target.run + ox * target.pixel + column;
-            finish(act, y + 2 * r * width, smaller(2, block.w_out - ox), width, conv.bias + column, target.data + at,
-                   target.residual ? target.residual + at : nullptr, target.pixel, columns);
         }
     }
 }
@@ -119,20 +120,23 @@ void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv
         const int width = panel_width(conv.out, panel);
         const A* weight = winograd_panel<A>(conv, panel);
         const char* after = next >= 0 ? reinterpret_cast<const char*>(winograd_panel<A>(conv, next / groups)) : nullptr;
-        const i64 slab = depth * width;
+        const i64 slab = depth * width, count = end - begin, parts = divide_up(count, MR);
         for (int f = 0; f < 16; ++f) {
             // The next slab of weights arrives while this one is used.
             const char* ahead = f < 15 ? reinterpret_cast<const char*>(weight + (f + 1) * slab) : after;
             Prefetch prefetch{ahead, ahead ? ahead + slab * i64(sizeof(A)) : nullptr, 0};
             if (!ahead && then) prefetch = prefetch_panel<A>(*then, team.rank);
-            Source<A> source = matrix<A>(transformed + (f * tiles + begin) * pitch, end - begin, pitch, depth);
-            float* to = products + f * (end - begin) * width;
-            panel_tiles(source, weight + f * slab, width, 0, tiles_of_run(source), prefetch,
-                        [&](const float* c, i64 rows, i64, i64 pixel) {
-                            std::memcpy(to + pixel * width, c, rows * width * sizeof(float));
-                        });
+            const A* from = transformed + (f * tiles + begin) * pitch;
+            float* to = products + f * count * width;
+            Rows<A> rows{from, pitch, 0, 1, int(depth)};
+            set_pace(prefetch, rows, parts);
+            for (i64 part = 0; part < parts; ++part) {
+                const i64 first = part * count / parts;
+                rows.data = from + first * pitch;
+                multiply<A>(int((part + 1) * count / parts - first), width, rows, weight + f * slab, to + first * width, prefetch);
+            }
         }
-        transform_output(products, block, conv, act, target, panel, begin, end);
+        with_activation(act, [&](auto known) { transform_output<known.value>(products, block, conv, target, panel, begin, end); });
     });
 }
 
