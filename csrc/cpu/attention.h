@@ -43,7 +43,14 @@ LK_INLINE float exponentials(float* row, i64 padded, float scale) {
     for (i64 i = VL; i < padded; i += VL) highest = maximum(load(row + i), highest);
     const float top = across(highest, [](V a, V b) { return maximum(a, b); });
     V total = {};
-    for (i64 i = 0; i < padded; i += VL) {
+    i64 i = 0;
+    for (; i + 4 * VL <= padded; i += 4 * VL) {
+        Vs<4> e;
+        for (int j = 0; j < 4; ++j) e.v[j] = (load(row + i + j * VL) - top) * scale;
+        e = exponential(e);
+        for (int j = 0; j < 4; ++j) store(row + i + j * VL, e.v[j]), total += e.v[j];
+    }
+    for (; i < padded; i += VL) {
         V e = exponential((load(row + i) - top) * scale);
         store(row + i, e);
         total += e;
@@ -63,7 +70,8 @@ void attend(const Heads& heads, i64 head, const float* packed, i64 begin, i64 co
     for (i64 t0 = 0; t0 < tokens; t0 += NW) {
         const int width = panel_width(tokens, t0 / NW);
         multiply<float>(int(count), width, queries, packed + t0 * d, c, none);
-        for (i64 r = 0; r < count; ++r) std::memcpy(scores + r * pitch + t0, c + r * width, width * sizeof(float));
+        for (i64 r = 0; r < count; ++r)
+            for (int v = 0; v < width; v += VL) store(scores + r * pitch + t0 + v, load(c + r * width + v));
     }
     const i64 padded = round_up(tokens, VL);
     float inverse[MR];

@@ -111,7 +111,9 @@ void conv_act(const ConvAct& call, const Context& context) {
         return;
     }
 
-    const Blocks blocks(im.h_out, call.stride * im.w * conv.in * i64(sizeof(A)), CACHE, im.n, context.threads);
+    // With few weights, the copy may be made in smaller pieces, which stay nearer.
+    const bool light = conv.k * conv.k * conv.in * conv.out * i64(sizeof(A)) < CACHE / 8;
+    const Blocks blocks(im.h_out, call.stride * im.w * conv.in * i64(sizeof(A)), light ? CACHE / 4 : CACHE, im.n, context.threads);
     parallel(context, im.n * blocks.count, 0, input.scratch_elements(blocks.rows) * i64(sizeof(A)), 0, nothing,
              [&](Team& team, char*, i64 item) {
                  const i64 image = item / blocks.count, y0 = blocks.begin(item % blocks.count), y1 = blocks.end(item % blocks.count);

@@ -35,7 +35,17 @@ LK_INLINE void finish_vector(V c, const float* bias, T* to, const R* add, i64 co
 
 template <int ACT, class T, class R>
 void finish(const float* c, i64 rows, int width, const float* bias, T* out, const R* residual, i64 pixel, i64 columns) {
-    for (i64 r = 0; r < rows; ++r) {
+    i64 r = 0;
+    // Two rows at a time.
+    for (; width == NW && columns >= NW && r + 2 <= rows; r += 2) {
+        Vs<4> x;
+        for (int i = 0; i < 4; ++i) x.v[i] = load(c + r * NW + i * VL) + load(bias + i % 2 * VL);
+        x = activate<ACT, T>(x);
+        for (int i = 0; i < 4 && residual; ++i) x.v[i] += load(residual + (r + i / 2) * pixel + i % 2 * VL);
+        store(out + r * pixel, x.v[0], x.v[1]);
+        store(out + (r + 1) * pixel, x.v[2], x.v[3]);
+    }
+    for (; r < rows; ++r) {
         for (int v = 0; v < width; v += VL)
             finish_vector<ACT>(load(c + r * width + v), bias + v, out + r * pixel + v, residual ? residual + r * pixel + v : nullptr,
                                columns - v);

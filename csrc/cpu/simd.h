@@ -58,6 +58,16 @@ LK_INLINE void store(bf16* p, V v) {
 #endif
 }
 
+LK_INLINE void store(float* p, V low, V high) { store(p, low), store(p + VL, high); }
+LK_INLINE void store(bf16* p, V low, V high) {
+#if defined(__AVX512BF16__)
+    __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    std::memcpy(p, &both, sizeof both);
+#else
+    store(p, low), store(p + VL, high);
+#endif
+}
+
 LK_INLINE float to_float(float x) { return x; }
 LK_INLINE float to_float(bf16 x) {
     std::uint32_t bits = std::uint32_t(x.bits) << 16;
@@ -84,9 +94,47 @@ LK_INLINE V maximum(V a, V b) { return a > b ? a : b; }
 LK_INLINE V minimum(V a, V b) { return a < b ? a : b; }
 #endif
 
+// Several vectors that go through the same formula side by side: one after the other, the steps of a polynomial would wait for each other.
+template <int N>
+struct Vs {
+    V v[N];
+};
+
+#define LK_EACH(op)                                              \
+    template <int N>                                             \
+    LK_INLINE Vs<N> operator op(Vs<N> a, Vs<N> b) {              \
+        for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i];   \
+        return a;                                                \
+    }                                                            \
+    template <int N>                                             \
+    LK_INLINE Vs<N> operator op(Vs<N> a, float b) {              \
+        for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b;        \
+        return a;                                                \
+    }                                                            \
+    template <int N>                                             \
+    LK_INLINE Vs<N> operator op(float a, Vs<N> b) {              \
+        for (int i = 0; i < N; ++i) b.v[i] = a op b.v[i];        \
+        return b;                                                \
+    }
+LK_EACH(+)
+LK_EACH(-)
+LK_EACH(*)
+LK_EACH(/)
+#undef LK_EACH
+
 // A NaN in x passes through.
 LK_INLINE V at_least(V x, float low) { return maximum(V{} + low, x); }
 LK_INLINE V at_most(V x, float high) { return minimum(V{} + high, x); }
+template <int N>
+LK_INLINE Vs<N> at_least(Vs<N> x, float low) {
+    for (int i = 0; i < N; ++i) x.v[i] = at_least(x.v[i], low);
+    return x;
+}
+template <int N>
+LK_INLINE Vs<N> at_most(Vs<N> x, float high) {
+    for (int i = 0; i < N; ++i) x.v[i] = at_most(x.v[i], high);
+    return x;
+}
 
 // All elements by `combine`, halves with halves.
 template <class F>
@@ -98,38 +146,47 @@ LK_INLINE float across(V x, const F& combine) {
     return x[0];
 }
 
-// 2^n * p(r) with |r| <= ln 2 / 2; the series to r^7 leaves a relative error of 5e-9.
-LK_INLINE V exponential(V x) {
+// p * 2^n, n being in the low bits of 1.5 * 2^23 + n; in two factors, so that 2^128 (times p < 1) does not become infinity on the way.
+LK_INLINE V times_power(V p, V shifted) {
+    VI e = (VI)shifted - 0x4b400000;
+    VI half = e >> 1;
+    return p * (V)((half + 127) << 23) * (V)((e - half + 127) << 23);
+}
+template <int N>
+LK_INLINE Vs<N> times_power(Vs<N> p, Vs<N> shifted) {
+    for (int i = 0; i < N; ++i) p.v[i] = times_power(p.v[i], shifted.v[i]);
+    return p;
+}
+
+// 2^n * p(r) with |r| <= ln 2 / 2; the series to r^7 leaves a relative error of 5e-9. X is V or Vs.
+template <class X>
+LK_INLINE X exponential(X x) {
     x = at_most(at_least(x, -87.3f), 88.72f);
-    V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer in the low bits
-    V n = shifted - 12582912.0f;
-    V r = x - n * 0.693359375f;
+    X shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer in the low bits
+    X n = shifted - 12582912.0f;
+    X r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
-    V p = V{} + 1.0f / 5040;
-    p = p * r + 1.0f / 720;
+    X p = r * (1.0f / 5040) + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    // In two factors, so that 2^128 (times p < 1) does not become infinity on the way.
-    VI e = (VI)shifted - 0x4b400000;
-    VI half = e >> 1;
-    V low = (V)((half + 127) << 23), high = (V)((e - half + 127) << 23);
-    return p * low * high;
+    return times_power(p, shifted);
 }
 
 // z * P(z^2) / Q(z^2), a least-maximum fit made for this file: error below 4e-7 everywhere, clamped where erf is 1 in fp32.
-LK_INLINE V error_function(V z, float) {
+template <class X>
+LK_INLINE X error_function(X z) {
     z = at_most(at_least(z, -3.95f), 3.95f);
-    V t = z * z;
-    V p = t * 2.01173975e-06f + 0.000287601666f;
+    X t = z * z;
+    X p = t * 2.01173975e-06f + 0.000287601666f;
     p = p * t + 0.00391735137f;
     p = p * t + 0.053207159f;
     p = p * t + 0.194036439f;
     p = p * t + 1.12837899f;
-    V q = t * 3.78397381e-05f + 0.00119820959f;
+    X q = t * 3.78397381e-05f + 0.00119820959f;
     q = q * t + 0.0152707677f;
     q = q * t + 0.115591064f;
     q = q * t + 0.50529182f;
@@ -137,32 +194,37 @@ LK_INLINE V error_function(V z, float) {
     return z * p / q;
 }
 
-// For what is rounded to bf16 next, z * P(s) with s from -1 at z = 0 to 1 at the clamp: error below 4e-5, and no division.
-LK_INLINE V error_function(V z, bf16) {
-    constexpr float clamp = 3.2f;
-    z = at_most(at_least(z, -clamp), clamp);
-    V s = z * z * (2 / (clamp * clamp)) - 1.0f;
-    V p = s * 0.0125127705f - 0.0296183f;
-    p = p * s + 0.031731296f;
-    p = p * s - 0.04501114f;
-    p = p * s + 0.080241755f;
-    p = p * s - 0.11604049f;
-    p = p * s + 0.15451579f;
-    p = p * s - 0.21715091f;
-    p = p * s + 0.44132873f;
-    return z * p;
+template <class X>
+LK_INLINE X gelu(X x, float) {
+    return 0.5f * x * (1.0f + error_function(x * 0.707106781f));
 }
 
-// For a result of type T.
-template <int ACT, class T>
-LK_INLINE V activate(V x) {
+// For what is rounded to bf16 next: erf(x / sqrt 2) / 2 as u * P(u^2), x clamped to u, with s from -1 at 0 to 1 at the clamp. A fit made for this
+// file under the condition that it is 1/2 at the clamp: gelu's error is below 1.4e-4 wherever x is.
+template <class X>
+LK_INLINE X gelu(X x, bf16) {
+    X u = at_most(at_least(x, -4.0f), 4.0f);
+    X s = u * u * 0.125f - 1.0f;
+    X p = s * -0.00270418078f + 0.00862716511f;
+    p = p * s - 0.0135262599f;
+    p = p * s + 0.0211614221f;
+    p = p * s - 0.036284145f;
+    p = p * s + 0.0561718307f;
+    p = p * s - 0.0843892023f;
+    p = p * s + 0.175943375f;
+    return x * (u * p + 0.5f);
+}
+
+// For a result of type T; X is V or Vs.
+template <int ACT, class T, class X>
+LK_INLINE X activate(X x) {
     if constexpr (ACT == RELU) return at_least(x, 0.0f);
     if constexpr (ACT == RELU6) return at_most(at_least(x, 0.0f), 6.0f);
     if constexpr (ACT == HARDSWISH) return x * at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6);
-    if constexpr (ACT == SILU) return x / (1.0f + exponential(-x));
-    if constexpr (ACT == GELU) return 0.5f * x * (1.0f + error_function(x * 0.707106781f, T()));
+    if constexpr (ACT == SILU) return x / (1.0f + exponential(0.0f - x));
+    if constexpr (ACT == GELU) return gelu(x, T());
     if constexpr (ACT == GELU_TANH) {
-        V u = 0.797884561f * (x + 0.044715f * x * x * x);
+        X u = 0.797884561f * (x + 0.044715f * x * x * x);
         return x - x / (exponential(u + u) + 1.0f);
     }
     return x;
