@@ -71,14 +71,16 @@ void attend(const Heads& heads, i64 head, const float* packed, i64 begin, i64 co
         const int width = panel_width(tokens, t0 / NW);
         multiply<float>(int(count), width, queries, packed + t0 * d, c, none);
         for (i64 r = 0; r < count; ++r)
-            for (int v = 0; v < width; v += VL) store(scores + r * pitch + t0 + v, load(c + r * width + v));
+            for (int v = 0; v < width; v += VL) {
+                const V x = load(c + r * width + v);
+                // Columns beyond the tokens hold -infinity.
+                store(scores + r * pitch + t0 + v, lanes() < std::int32_t(smaller(VL, tokens - t0 - v)) ? x : V{} - __builtin_inff());
+            }
     }
     const i64 padded = round_up(tokens, VL);
     float inverse[MR];
     for (i64 r = 0; r < count; ++r) {
-        float* row = scores + r * pitch;
-        for (i64 t = tokens; t < padded; ++t) row[t] = -__builtin_inff();
-        inverse[r] = 1.0f / exponentials(row, padded, 1.0f / __builtin_sqrtf(float(d)));
+        inverse[r] = 1.0f / exponentials(scores + r * pitch, padded, 1.0f / __builtin_sqrtf(float(d)));
     }
     const Rows<float> weights{scores, pitch, 0, 1, int(tokens)};
     for (i64 i0 = 0; i0 < d; i0 += NW) {

@@ -334,6 +334,8 @@ void lowtention(const Lowtention& call, const Context& context) {
     const i64 rows_at_once = larger(1, smaller(h, (CACHE / 2) / (call.stride * columns * NW * i64(sizeof(float)))));
     const i64 row_groups = divide_up(h, rows_at_once);
     const Heads shape{nullptr, tokens, qkv_pitch, inner / call.heads, call.heads};
+    // Panels of columns that belong to one head, or 0 where they do not end where heads do.
+    const i64 head_panels = 3 * shape.dim % NW ? 0 : 3 * shape.dim / NW;
     const WinogradBlock up_block{h + 2, w + 2, 0, 0, im.h, im.w, inner};
 
     struct Scratch {
@@ -360,7 +362,7 @@ void lowtention(const Lowtention& call, const Context& context) {
     parallel(
         context, im.n, im.n * pieces * i64(sizeof(Moments)), layout(nullptr).bytes, own * i64(sizeof(float)),
         [&](Team& team, char* common) {
-            warm<A>(call.qkv, team.rank);
+            warm<A>(call.qkv, team.rank * larger(1, head_panels));
             if (pieces) measure(team, x, im.n, elements, reinterpret_cast<Moments*>(common));
         },
         [&](Team& team, char* common, i64 image) {
@@ -368,7 +370,9 @@ void lowtention(const Lowtention& call, const Context& context) {
             float* own_floats = reinterpret_cast<float*>(team.own);
             const T* image_x = x + image * elements;
             const Scale scale = pieces ? merge(reinterpret_cast<Moments*>(common) + image * pieces, elements, call.norm.eps) : Scale{0, 0};
-            team.run(panels_of(channels) * row_groups, [&](i64 unit, i64) {
+            const i64 panels = panels_of(channels) * row_groups;
+            team.run(panels + h + 2, [&](i64 unit, i64) {
+                if (unit >= panels) return (void)std::memset(s.grid + (unit - panels) * grid_row, 0, grid_row * sizeof(A));
                 const i64 panel = unit / row_groups, y0 = unit % row_groups * rows_at_once, y1 = smaller(h, y0 + rows_at_once);
                 const int width = panel_width(channels, panel);
                 const i64 channel = panel * NW, border = dw.k / 2;
@@ -377,26 +381,39 @@ void lowtention(const Lowtention& call, const Context& context) {
                 depthwise_panel(own_floats, columns, width, dw, channel, call.stride, NONE, y1 - y0, w,
                                 s.filtered + y0 * w * pitch + channel, pitch);
             });
-            product(team, matrix<A>(s.filtered, tokens, pitch, channels), call.qkv, NONE,
-                    Target<float>{s.qkv, nullptr, qkv_pitch, 0, round_up(3 * inner, NW)});
+            const Source<A> filtered = matrix<A>(s.filtered, tokens, pitch, channels);
+            const Target<float> projected{s.qkv, nullptr, qkv_pitch, 0, round_up(3 * inner, NW)};
             Heads heads = shape;
             heads.qkv = s.qkv;
-            team.run(call.heads + h + 2, [&](i64 unit, i64) {
-                if (unit < call.heads)
-                    pack_head(heads, unit, s.packed + unit * heads.packed_floats());
-                else
-                    std::memset(s.grid + (unit - call.heads) * grid_row, 0, grid_row * sizeof(A));
-            });
-            warm<A>(call.up[0], team.rank);
-            const i64 tiles = divide_up(tokens, MR);
-            team.run(call.heads * tiles, [&](i64 unit, i64) {
-                const i64 head = unit / tiles, begin = unit % tiles * tokens / tiles, end = (unit % tiles + 1) * tokens / tiles;
+            auto pack = [&](i64 head) { pack_head(heads, head, s.packed + head * heads.packed_floats()); };
+            const i64 tiles = tiles_of_run(filtered);
+            auto attend_tile = [&](i64 head, i64 tile) {
+                const i64 begin = tile * tokens / tiles, end = (tile + 1) * tokens / tiles;
                 attend(heads, head, s.packed + head * heads.packed_floats(), begin, end - begin, own_floats,
                        [&](i64 token, const float* values, i64 count, i64 channel) {
                            A* to = s.grid + (token / w + 1) * grid_row + (token % w + 1) * inner + head * heads.dim + channel;
                            convert(to, values, count);
                        });
-            });
+            };
+            if (head_panels && call.heads % team.size == 0) {
+                // A head's projection stays with the thread that attends to it.
+                warm<A>(call.up[0], team.rank);
+                team.run(call.heads, [&](i64 head, i64 next) {
+                    for (i64 i = 0, panel = head * head_panels; i < head_panels; ++i, ++panel) {
+                        const Prefetch prefetch = i + 1 < head_panels ? prefetch_panel<A>(call.qkv, panel + 1)
+                                                  : next >= 0         ? prefetch_panel<A>(call.qkv, next * head_panels)
+                                                                      : prefetch_panel<A>(call.up[0], team.rank);
+                        panel_product(filtered, call.qkv, NONE, projected, panel, 0, tiles, prefetch);
+                    }
+                    pack(head);
+                    for (i64 tile = 0; tile < tiles; ++tile) attend_tile(head, tile);
+                });
+            } else {
+                product(team, filtered, call.qkv, NONE, projected);
+                team.run(call.heads, [&](i64 head, i64) { pack(head); });
+                warm<A>(call.up[0], team.rank);
+                team.run(call.heads * tiles, [&](i64 unit, i64) { attend_tile(unit / tiles, unit % tiles); });
+            }
 
             T* image_out = out + image * im.h * im.w * out_channels;
             const T* add = call.residual ? image_x : nullptr;
@@ -409,8 +426,8 @@ void lowtention(const Lowtention& call, const Context& context) {
                 return;
             }
             // Output (2 i + py, 2 j + px) is a 2x2 convolution of the grid at (i + py, j + px) of its zero border's frame.
-            const i64 panels = panels_of(out_channels);
-            team.run(4 * panels, [&](i64 unit, i64 next) {
+            const i64 out_panels = panels_of(out_channels);
+            team.run(4 * out_panels, [&](i64 unit, i64 next) {
                 const i64 parity = unit % 4, py = parity / 2, px = parity % 2, panel = unit / 4;
                 const i64 rows = (im.h - py + 1) / 2, pixels = (im.w - px + 1) / 2;
                 if (rows == 0 || pixels == 0) return;

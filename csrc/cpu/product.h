@@ -20,10 +20,9 @@ struct Target {
     i64 pixel, run, columns;
 };
 
-// A value as it goes to memory: bias added, activated, rounded, the residual added last.
-template <int ACT, class T, class R>
-LK_INLINE void finish_vector(V c, const float* bias, T* to, const R* add, i64 columns) {
-    V x = activate<ACT, T>(c + load(bias));
+// The residual is added last; only the first `columns` columns are written.
+template <class T, class R>
+LK_INLINE void write(V x, T* to, const R* add, i64 columns) {
     if (VL <= columns) {
         if (add) x += load(add);
         return store(to, x);
@@ -47,8 +46,8 @@ void finish(const float* c, i64 rows, int width, const float* bias, T* out, cons
     }
     for (; r < rows; ++r) {
         for (int v = 0; v < width; v += VL)
-            finish_vector<ACT>(load(c + r * width + v), bias + v, out + r * pixel + v, residual ? residual + r * pixel + v : nullptr,
-                               columns - v);
+            write(activate<ACT, T>(load(c + r * width + v) + load(bias + v)), out + r * pixel + v,
+                  residual ? residual + r * pixel + v : nullptr, columns - v);
     }
 }
 
@@ -100,9 +99,9 @@ LK_INLINE Prefetch prefetch_panel(const Conv& conv, i64 panel) {
 
 // Asks for the panel a thread will probably begin with, while it still does something else.
 template <class A>
-LK_INLINE void warm(const Conv& conv, int rank) {
+LK_INLINE void warm(const Conv& conv, i64 first) {
     constexpr i64 enough = 64 << 10;
-    const Prefetch panel = prefetch_panel<A>(conv, rank);
+    const Prefetch panel = prefetch_panel<A>(conv, first);
     for (const char* p = panel.next; p < panel.end && p < panel.next + enough; p += 64) __builtin_prefetch(p, 0, 2);
 }
 

@@ -94,7 +94,8 @@ LK_INLINE V maximum(V a, V b) { return a > b ? a : b; }
 LK_INLINE V minimum(V a, V b) { return a < b ? a : b; }
 #endif
 
-// Several vectors that go through the same formula side by side: one after the other, the steps of a polynomial would wait for each other.
+// Several vectors that go through the same formula side by side. One after the other, each step of a polynomial would wait for the
+// step before it, and fill the scheduler while it waits.
 template <int N>
 struct Vs {
     V v[N];
@@ -136,17 +137,22 @@ LK_INLINE Vs<N> at_most(Vs<N> x, float high) {
     return x;
 }
 
+LK_INLINE VI lanes() {
+    VI lane;
+    for (int i = 0; i < VL; ++i) lane[i] = i;
+    return lane;
+}
+
 // All elements by `combine`, halves with halves.
 template <class F>
 LK_INLINE float across(V x, const F& combine) {
-    VI lane;
-    for (int i = 0; i < VL; ++i) lane[i] = i;
 #pragma GCC unroll 4
-    for (int half = VL / 2; half > 0; half /= 2) x = combine(x, __builtin_shuffle(x, lane ^ half));
+    for (int half = VL / 2; half > 0; half /= 2) x = combine(x, __builtin_shuffle(x, lanes() ^ half));
     return x[0];
 }
 
-// p * 2^n, n being in the low bits of 1.5 * 2^23 + n; in two factors, so that 2^128 (times p < 1) does not become infinity on the way.
+// p * 2^n, n being in the low bits of 1.5 * 2^23 + n; in two factors, so that 2^128 (times p < 1) does not become infinity on the
+// way.
 LK_INLINE V times_power(V p, V shifted) {
     VI e = (VI)shifted - 0x4b400000;
     VI half = e >> 1;
@@ -199,8 +205,8 @@ LK_INLINE X gelu(X x, float) {
     return 0.5f * x * (1.0f + error_function(x * 0.707106781f));
 }
 
-// For what is rounded to bf16 next: erf(x / sqrt 2) / 2 as u * P(u^2), x clamped to u, with s from -1 at 0 to 1 at the clamp. A fit made for this
-// file under the condition that it is 1/2 at the clamp: gelu's error is below 1.4e-4 wherever x is.
+// For what is rounded to bf16 next: erf(x / sqrt 2) / 2 as u * P(s), u being x clamped and s from -1 at 0 to 1 at the clamp. A
+// least-maximum fit made for this file, exactly 1/2 at the clamp: gelu's error is below 1.4e-4 wherever x is.
 template <class X>
 LK_INLINE X gelu(X x, bf16) {
     X u = at_most(at_least(x, -4.0f), 4.0f);
