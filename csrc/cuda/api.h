@@ -67,10 +67,33 @@ struct Lowtention {
     bool residual;
 };
 
+// Two products back to back (expand_project.cuh): fused_mbconv, and gn_mlp with the pixels of an image as one column. In `g`, images is
+// 1 for tiles of tile_h x tile_w outputs, or 0 for tile_w consecutive ones, whatever image they are of (then tile_h is 1).
+struct ExpandProject {
+    Geometry g;
+    int expanded;  // rounded up to whole groups
+    const void *x, *expand;
+    const float* expand_bias;
+    const void* project;
+    const float* project_bias;
+    const float *norm_weight, *norm_bias;  // gn_mlp
+    float* partial;                        // gn_mlp: [n][pieces][mean, sum of squared differences]; null: not needed
+    int pieces;
+    float eps;
+    void* out;
+    int act;
+    bool residual;
+};
+
 extern "C" {
 int lowkernels_conv_act(const ConvAct& p, Dtype dtype, int config, void* stream);
 int lowkernels_separable_conv(const SeparableConv& p, Dtype dtype, int config, void* stream);
 int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream);
+int lowkernels_fused_mbconv(const ExpandProject& p, Dtype dtype, int config, void* stream);
+int lowkernels_gn_mlp(const ExpandProject& p, Dtype dtype, int config, void* stream);
+// For compute capability 9.0: `expand` has the slabs of both products, `project` is null, expanded channels are whole chunks of 128.
+int lowkernels_fused_mbconv_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
+int lowkernels_gn_mlp_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
 // Its shape follows from its arguments; the configuration is not looked at.
 int lowkernels_lowtention(const Lowtention& p, Dtype dtype, int config, void* stream);
 }

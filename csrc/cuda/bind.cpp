@@ -76,6 +76,10 @@ public:
         return const_cast<void*>(packed(t, argument, dtype_, count, true));
     }
 
+    float* scratch_floats(const Tensor& t, const char* argument, int64_t count) const {
+        return static_cast<float*>(const_cast<void*>(packed(t, argument, ScalarType::Float, count, true)));
+    }
+
     void* output(const Tensor& t) const { return const_cast<void*>(image(t, "out", true)); }
 
     void* stream() const {
@@ -123,8 +127,9 @@ int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 constexpr int64_t kChunk = 64, kGroup = 16;
 
-lk::Geometry geometry(const Tensor& x, const Tensor& out, int64_t kernel, int64_t stride, int64_t padding, const std::vector<int64_t>& tile) {
-    STD_TORCH_CHECK(tile.size() == 4 && tile[0] > 0 && tile[1] > 0 && tile[2] > 0, "lowkernels_cuda: argument tile: must be images, height, width and configuration");
+lk::Geometry geometry(const Tensor& x, const Tensor& out, int64_t kernel, int64_t stride, int64_t padding, const std::vector<int64_t>& tile,
+                      int64_t least_images = 1) {
+    STD_TORCH_CHECK(tile.size() == 4 && tile[0] >= least_images && tile[1] > 0 && tile[2] > 0, "lowkernels_cuda: argument tile: must be images, height, width and configuration");
     auto extent = [](const Tensor& t, int i) { return static_cast<int>(t.size(i)); };
     lk::Geometry g{};
     g.n = extent(x, 0), g.c = extent(x, 1), g.h = extent(x, 2), g.w = extent(x, 3);
@@ -207,6 +212,100 @@ void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bi
     call.check(lk::lowkernels_mbconv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
 }
 
+// What fused_mbconv and gn_mlp have in common.
+void chain(const Call& call, lk::ExpandProject& p, const Tensor& x, const Tensor& expand, const Tensor& expand_bias, const Tensor& project,
+           const Tensor& project_bias, const Tensor& out, int64_t act, bool residual) {
+    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, columns = rounded_up(p.g.co, kGroup), expanded = expand_bias.numel();
+    STD_TORCH_CHECK(expanded % kGroup == 0, "lowkernels_cuda: argument expand_bias: has ", expanded, " elements, not whole groups");
+    STD_TORCH_CHECK(p.g.images == 1 || (p.g.images == 0 && p.g.tile_h == 1), "lowkernels_cuda: argument tile: is of ", p.g.images,
+                    " images; allowed are 1, or 0 with height 1");
+    p.expanded = static_cast<int>(expanded);
+    p.x = call.image(x, "x");
+    p.expand = call.weights(expand, "expand", taps * rounded_up(p.g.c, 16) * expanded);
+    p.expand_bias = call.floats(expand_bias, "expand_bias", expanded);
+    p.project = call.weights(project, "project", expanded * columns);
+    p.project_bias = call.floats(project_bias, "project_bias", columns);
+    p.out = call.output(out);
+    check_residual(p.g, residual);
+    p.act = static_cast<int>(act), p.residual = residual;
+}
+
+void fused_mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor out, int64_t kernel, int64_t stride,
+                  int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::fused_mbconv", x);
+    lk::ExpandProject p{};
+    p.g = geometry(x, out, kernel, stride, padding, tile, 0);
+    chain(call, p, x, expand, expand_bias, project, project_bias, out, act, residual);
+    call.check(lk::lowkernels_fused_mbconv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
+}
+
+// Of an image one column of pixels: nothing depends on where a row of it ends.
+void one_column(lk::Geometry& g) {
+    const int64_t pixels = static_cast<int64_t>(g.h) * g.w;
+    STD_TORCH_CHECK(pixels < (int64_t{1} << 31), "lowkernels_cuda::gn_mlp: argument x: has ", pixels, " pixels an image; allowed are less than 2^31");
+    g.h = g.ho = static_cast<int>(pixels), g.w = g.wo = 1;
+}
+
+void normalisation(const Call& call, lk::ExpandProject& p, const Tensor& weight, const Tensor& bias, const std::vector<Tensor>& partial, double eps) {
+    const int64_t channels = rounded_up(p.g.c, 4);
+    p.norm_weight = call.floats(weight, "norm_weight", channels);
+    p.norm_bias = call.floats(bias, "norm_bias", channels);
+    p.eps = static_cast<float>(eps);
+    STD_TORCH_CHECK(partial.size() <= 1, "lowkernels_cuda::gn_mlp: argument partial: has ", partial.size(), " tensors; allowed are 0 and 1");
+    if (partial.empty()) return;
+    p.pieces = static_cast<int>(partial[0].numel() / (2 * int64_t{p.g.n}));
+    p.partial = call.scratch_floats(partial[0], "partial", 2 * int64_t{p.g.n} * p.pieces);
+}
+
+void gn_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias,
+            std::vector<Tensor> partial, Tensor out, double eps, int64_t act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::gn_mlp", x);
+    lk::ExpandProject p{};
+    p.g = geometry(x, out, 1, 1, 0, tile, 0);
+    one_column(p.g);
+    chain(call, p, x, expand, expand_bias, project, project_bias, out, act, residual);
+    normalisation(call, p, norm_weight, norm_bias, partial, eps);
+    call.check(lk::lowkernels_gn_mlp(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
+}
+
+// As chain, for the kernels of Hopper: all weights are in `slabs`.
+void wide_chain(const Call& call, lk::ExpandProject& p, const Tensor& x, const Tensor& slabs, const Tensor& expand_bias, const Tensor& project_bias,
+                const Tensor& out, int64_t act, bool residual) {
+    constexpr int64_t depth = 64, columns = 128;  // of a slab
+    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, expanded = expand_bias.numel();
+    STD_TORCH_CHECK(expanded % columns == 0, "lowkernels_cuda: argument expand_bias: has ", expanded, " elements, not whole slabs");
+    STD_TORCH_CHECK(p.g.images == 1 || (p.g.images == 0 && p.g.tile_h == 1), "lowkernels_cuda: argument tile: is of ", p.g.images,
+                    " images; allowed are 1, or 0 with height 1");
+    p.expanded = static_cast<int>(expanded);
+    p.x = call.image(x, "x");
+    p.expand = call.weights(slabs, "slabs", expanded * (rounded_up(taps * rounded_up(p.g.c, 16), depth) + rounded_up(p.g.co, columns)));
+    p.expand_bias = call.floats(expand_bias, "expand_bias", expanded);
+    p.project_bias = call.floats(project_bias, "project_bias", rounded_up(p.g.co, kGroup));
+    p.out = call.output(out);
+    check_residual(p.g, residual);
+    p.act = static_cast<int>(act), p.residual = residual;
+}
+
+void fused_mbconv_sm90(Tensor x, Tensor slabs, Tensor expand_bias, Tensor project_bias, Tensor out, int64_t kernel, int64_t stride, int64_t padding,
+                       int64_t act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::fused_mbconv_sm90", x);
+    lk::ExpandProject p{};
+    p.g = geometry(x, out, kernel, stride, padding, tile, 0);
+    wide_chain(call, p, x, slabs, expand_bias, project_bias, out, act, residual);
+    call.check(lk::lowkernels_fused_mbconv_sm90(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
+}
+
+void gn_mlp_sm90(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor slabs, Tensor expand_bias, Tensor project_bias, std::vector<Tensor> partial,
+                 Tensor out, double eps, int64_t act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::gn_mlp_sm90", x);
+    lk::ExpandProject p{};
+    p.g = geometry(x, out, 1, 1, 0, tile, 0);
+    one_column(p.g);
+    wide_chain(call, p, x, slabs, expand_bias, project_bias, out, act, residual);
+    normalisation(call, p, norm_weight, norm_bias, partial, eps);
+    call.check(lk::lowkernels_gn_mlp_sm90(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
+}
+
 void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, std::vector<Tensor> scratch, Tensor out,
                 double eps, double scale, int64_t heads, int64_t inner, int64_t kernel, int64_t stride, bool residual) {
     const Call call("lowkernels_cuda::lowtention", x);
@@ -253,5 +352,9 @@ STABLE_TORCH_LIBRARY_IMPL(lowkernels_cuda, LOWKERNELS_KEY, m) {
     m.impl("conv_act", TORCH_BOX(&conv_act));
     m.impl("separable_conv", TORCH_BOX(&separable_conv));
     m.impl("mbconv", TORCH_BOX(&mbconv));
+    m.impl("fused_mbconv", TORCH_BOX(&fused_mbconv));
+    m.impl("gn_mlp", TORCH_BOX(&gn_mlp));
+    m.impl("fused_mbconv_sm90", TORCH_BOX(&fused_mbconv_sm90));
+    m.impl("gn_mlp_sm90", TORCH_BOX(&gn_mlp_sm90));
     m.impl("lowtention", TORCH_BOX(&lowtention));
 }

@@ -38,8 +38,9 @@ struct Chain {
     static_assert(EXPAND % kProjectSteps == 0 && GROUPS % kProjectGroups == 0, "pieces are whole");
 };
 
-// The shapes compiled, by the number lowkernels/backends/cuda/tiling.py chooses.
-#define LK_CHAINS(X) X(0, 1, 4, 4, 1) X(1, 2, 4, 8, 1) X(2, 2, 4, 8, 2) X(3, 2, 4, 8, 8) X(4, 2, 2, 10, 1) X(5, 1, 4, 16, 1) X(6, 1, 4, 16, 4)
+// The shapes compiled, by the number lowkernels/backends/cuda/chains.py chooses. gn_mlp has no use for the first, of few output columns.
+#define LK_CHAINS(X) X(1, 2, 4, 8, 1) X(2, 2, 4, 8, 2) X(3, 2, 2, 10, 1) X(4, 1, 4, 16, 1) X(5, 1, 4, 16, 4)
+#define LK_ALL_CHAINS(X) X(0, 1, 4, 4, 1) LK_CHAINS(X)
 
 // The window in shared memory: pixels of `pixel` elements, rows of `pitch`. With stride 2 even columns come first, then odd ones, from
 // `odd`: the pixels that neighbouring outputs read with one tap are neighbours. `pixel` is an odd number of 16-byte units and `pitch`
@@ -331,25 +332,30 @@ struct Products {
                 const Pixels::Pixel pixel = pixels.at(t, (warp * C::kTiles + m) * 16 + half * 8 + lane / 4);
                 if (!pixel.live || first_column >= p.g.co) continue;
                 const int64_t at = ((pixels.first + pixel.row) * p.g.wo + pixel.x) * p.g.co;
-                float v[C::kGroups][4];
 #pragma unroll
-                for (int g = 0; g < C::kGroups; g++) four_columns(out[m][g], half, v[g]);
-                if (p.residual) {
-                    Bits4 r[C::kGroups];
+                for (int first = 0; first < C::kGroups; first += kBatch) {
+                    Bits4 r[kBatch] = {};
+                    if (p.residual) {
 #pragma unroll
-                    for (int g = 0; g < C::kGroups; g++) r[g] = *reinterpret_cast<const Bits4*>(static_cast<const T*>(p.x) + at + column(g));
+                        for (int g = 0; g < kBatch; g++)
+                            r[g] = *reinterpret_cast<const Bits4*>(static_cast<const T*>(p.x) + at + column(first + g));
+                    }
 #pragma unroll
-                    for (int g = 0; g < C::kGroups; g++) {
-                        v[g][0] += unpack_low(T{}, r[g].low), v[g][1] += unpack_high(T{}, r[g].low);
-                        v[g][2] += unpack_low(T{}, r[g].high), v[g][3] += unpack_high(T{}, r[g].high);
+                    for (int g = 0; g < kBatch; g++) {
+                        float v[4];
+                        four_columns(out[m][first + g], half, v);
+                        v[0] += unpack_low(T{}, r[g].low), v[1] += unpack_high(T{}, r[g].low);
+                        v[2] += unpack_low(T{}, r[g].high), v[3] += unpack_high(T{}, r[g].high);
+                        const int to = first_column + (first + g) * kGroup;
+                        if (to < p.g.co) store4(static_cast<T*>(p.out) + at + to, v);
                     }
                 }
-#pragma unroll
-                for (int g = 0; g < C::kGroups; g++)
-                    if (first_column + g * kGroup < p.g.co) store4(static_cast<T*>(p.out) + at + first_column + g * kGroup, v[g]);
             }
         }
     }
+
+private:
+    static constexpr int kBatch = C::kGroups > 8 ? C::kGroups / 2 : C::kGroups;  // more would spill
 };
 
 inline int positive_remainder(int a, int b) { return (a % b + b) % b; }

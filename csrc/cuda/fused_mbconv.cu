@@ -39,7 +39,7 @@ int lowkernels_fused_mbconv(const ExpandProject& p, Dtype dtype, int config, voi
     case number:                                                                                                       \
         return dtype == kHalf ? launch_config<Chain<tiles, expand, groups, split>, half_t>(p, stream)                  \
                               : launch_config<Chain<tiles, expand, groups, split>, bf16_t>(p, stream);
-        LK_CHAINS(LK_CASE)
+        LK_ALL_CHAINS(LK_CASE)
 #undef LK_CASE
         default: return kNoSuchConfig;
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowkernels.ops.activations import ACTIVATIONS
 
-OPERATORS = ("conv_act", "separable_conv", "mbconv", "lowtention")
+OPERATORS = ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "gn_mlp", "lowtention")
 
 # What the kernels were made for, and what their tilings find hard: one pixel, one row, several images to a CTA, several passes
 # over the columns, windows with more rows than a CTA has, channels in halves of a vector.
@@ -49,6 +49,25 @@ NAMED: dict[str, list[dict[str, Any]]] = {
         {"channels": 24, "hidden": 144, "out_channels": 40, "height": 28, "width": 28, "stride": 2, "kernel_size": 5, "batch": 1},
         {"channels": 20, "hidden": 36, "out_channels": 32, "height": 9, "width": 40, "kernel_size": 7, "batch": 1},
         {"channels": 16, "hidden": 32, "out_channels": 60, "height": 1, "width": 300, "batch": 1},
+    ],
+    "fused_mbconv": [
+        {"channels": 4, "hidden": 4, "height": 1, "width": 1, "batch": 1},
+        {"channels": 128, "hidden": 64, "height": 14, "width": 14, "batch": 2},
+        {"channels": 160, "hidden": 64, "height": 14, "width": 14, "batch": 1},
+        {"channels": 64, "hidden": 96, "out_channels": 256, "height": 14, "width": 14, "stride": 2, "batch": 3},
+        {"channels": 16, "hidden": 96, "out_channels": 32, "height": 31, "width": 30, "stride": 2, "batch": 1},
+        {"channels": 20, "hidden": 36, "out_channels": 40, "height": 6, "width": 45, "stride": 2, "kernel_size": 7, "batch": 1},
+        {"channels": 36, "hidden": 20, "out_channels": 300, "height": 2, "width": 3, "kernel_size": 5, "act": "gelu", "batch": 9},
+        {"channels": 24, "hidden": 80, "height": 9, "width": 8, "kernel_size": 1, "stride": 2, "padding": 0, "batch": 5},
+    ],
+    "gn_mlp": [
+        {"channels": 4, "hidden": 4, "height": 1, "width": 1, "batch": 1},
+        {"channels": 8, "hidden": 20, "height": 1, "width": 1, "batch": 70},
+        {"channels": 128, "hidden": 192, "height": 14, "width": 14, "batch": 2},
+        {"channels": 256, "hidden": 128, "height": 7, "width": 7, "batch": 5},
+        {"channels": 160, "hidden": 64, "height": 14, "width": 14, "batch": 1},
+        {"channels": 36, "hidden": 100, "out_channels": 300, "height": 5, "width": 3, "act": "silu", "batch": 7},
+        {"channels": 68, "hidden": 32, "out_channels": 20, "height": 33, "width": 31, "batch": 1},
     ],
     "lowtention": [
         {"channels": 4, "num_heads": 1, "head_dim": 4, "height": 1, "width": 1, "batch": 1},

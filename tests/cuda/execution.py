@@ -30,7 +30,7 @@ from lowkernels.backends.cuda import build
 
 SHIM = Path(__file__).parent / "shim"
 SOURCES = build.sources()
-KERNELS = ("conv_act", "separable_conv", "mbconv", "lowtention")
+KERNELS = ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "gn_mlp", "lowtention")
 # One warp after another, lanes upwards; warps in random order running ahead, lanes downwards.
 SCHEDULES = ((0, 1), (1, 20250117))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lowkernels.backends.cuda import tiling
+from lowkernels.backends.cuda import chains, tiling
 from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import check_call, random_call
 from tests.cuda import execution
@@ -26,11 +26,21 @@ ATTENTION: dict[str, Any] = {
     "width": 33,
     "stride": 2,
 }
+# 45 output pixels of three images, 23 to a CTA.
+FUSED: dict[str, Any] = {"channels": 12, "hidden": 132, "out_channels": 68, "height": 9, "width": 5, "batch": 3, "stride": 2}
+MLP: dict[str, Any] = {"channels": 12, "hidden": 132, "out_channels": 68, "height": 9, "width": 5, "batch": 3}
 # Small images, two to a CTA where CTAs take several, and one that is not there.
 PAIRS: dict[str, Any] = {"height": 5, "width": 6, "batch": 3}
 # An image that takes three launches.
 LARGE: dict[str, Any] = {"height": 18, "width": 15, "stride": 1, "channels": 12, "num_heads": 1, "batch": 1}
-CALLS = {"conv_act": CONV, "separable_conv": SEPARABLE, "mbconv": MBCONV, "lowtention": ATTENTION}
+CALLS = {
+    "conv_act": CONV,
+    "separable_conv": SEPARABLE,
+    "mbconv": MBCONV,
+    "fused_mbconv": FUSED,
+    "gn_mlp": MLP,
+    "lowtention": ATTENTION,
+}
 
 NUMBERS = "numbers"
 
@@ -51,7 +61,28 @@ def barrier(operator: str, file: str, comment: str) -> Breakage:
     return Breakage(operator, file, f"block_sync();  // {comment}", "", "race")
 
 
+CHAIN = "expand_project.cuh"
+
 BREAKAGES = [
+    # Two products back to back: windows over several images, the ring of weights, sums of warps that share rows, statistics.
+    Breakage("fused_mbconv", CHAIN, "y >= 0 && y < g.h;", "y < g.h;", "bounds"),
+    Breakage("fused_mbconv", CHAIN, " && channel < g.c;", ";", "bounds"),
+    Breakage("fused_mbconv", CHAIN, "index < t.layout.pixels && pixel.row < rows", "index < t.layout.pixels", "bounds"),
+    Breakage("fused_mbconv", CHAIN, "(g.ho - 1) * g.stride + g.kernel;", "(g.ho - 1) * g.stride + g.kernel - 1;", NUMBERS),
+    Breakage("fused_mbconv", CHAIN, "x % 2 * l.odd + x / 2", "x", NUMBERS),
+    Breakage("fused_mbconv", CHAIN, "hidden[m][h][i / 2][i % 2 * 2]", "hidden[m][h][i % 2][i / 2 * 2]", NUMBERS),
+    Breakage("fused_mbconv", CHAIN, "s < t.steps - first_step; s++", "s < C::kSteps; s++", "unwritten"),
+    Breakage("fused_mbconv", CHAIN, "crossings * larger(0, g.kernel - g.stride)", "crossings * 0", "race"),
+    barrier("fused_mbconv", CHAIN, "the piece has landed for every warp, and nobody reads the one before"),
+    barrier("fused_mbconv", CHAIN, "nobody reads the scratch memory any more"),
+    barrier("fused_mbconv", CHAIN, "the upper half's sums are there"),
+    Breakage("fused_mbconv", CHAIN, "cp_async_wait<C::kStages - 2>();", "cp_async_wait<C::kStages - 1>();", "pending"),
+    Breakage("fused_mbconv", CHAIN, "copied = copied + 1 == C::kStages ? 0 : copied + 1;", "copied = 0;", "pending"),
+    Breakage("gn_mlp", "gn_mlp.cu", "cp_async_wait<C::kStages - 1>();", "", "pending"),
+    barrier("gn_mlp", "normalise.cuh", "the rows have landed"),
+    Breakage("gn_mlp", "normalise.cuh", "} else if (end - row == p.g.h) {", "} else if (true) {", NUMBERS),
+    Breakage("gn_mlp", "statistics.cuh", "(squares, scratch + WARPS)", "(squares, scratch)", "race", True),
+    Breakage("gn_mlp", "normalise.cuh", "p.partial[2 * block_x() + 1] = m.squares;", "", "unwritten", large=True),
     # conv_act: what a window, a chunk, a CTA's pixels and their sums end with; the order of stages. Pairs pool.
     Breakage("conv_act", "conv_act.cu", "row.y + ky >= 0 && ", "", "bounds"),
     Breakage("conv_act", "conv_act.cu", "row.x + kx < g.w;", "row.x + kx <= g.w;", "bounds"),
@@ -197,6 +228,13 @@ NARROWED: dict[str, list[tuple[str, str, str]]] = {
         *(("lowtention.cu", f"case {16 * n}: return launch_steps<T, {n}>(p, stream);", "") for n in (1, 3, 4)),
     ],
 }
+CHAINS = "X(1, 2, 4, 8, 1) X(2, 2, 4, 8, 2) X(3, 2, 2, 10, 1) X(4, 1, 4, 16, 1) X(5, 1, 4, 16, 4)"
+for name_ in ("fused_mbconv", "gn_mlp"):
+    NARROWED[name_] = [
+        (f"{name_}.cu", "launch_config<Chain<tiles, expand, groups, split>, bf16_t>(p, stream);", "1;"),
+        (CHAIN, CHAINS, "X(5, 1, 4, 16, 4)"),
+        (CHAIN, "X(0, 1, 4, 4, 1) ", ""),
+    ]
 for name_ in ("separable_conv", "mbconv"):
     NARROWED[name_].append(("window.cuh", "X(0, 4, 2, 1) X(1, 4, 8, 1) X(2, 4, 8, 2) X(3, 7, 8, 2)", "X(2, 4, 8, 1)"))
 
@@ -222,6 +260,11 @@ def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch
     if operator == "conv_act":
         monkeypatch.setattr(conv_act, "choose", lambda *args: conv_act.CONFIGS[2])
         call = random_call(operator, dtype=torch.float16, **{**CONV, **({**PAIRS, "pool": True} if pairs else {})})
+    elif operator in ("fused_mbconv", "gn_mlp"):
+        # The shape whose warps share rows; whole images in pairs; statistics by a launch before.
+        monkeypatch.setattr(chains, "choose", lambda shape, device: tiling.Tile(0, 1, 30 if pairs else 23, 5))
+        if large:
+            monkeypatch.setattr(chains, "INLINE_STATISTICS", 0)
     elif pairs:
         monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(2, 5, 6, 2))
     found = set()
@@ -244,6 +287,8 @@ def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch
         ("conv_act", True, False),
         ("separable_conv", True, False),
         ("mbconv", True, False),
+        ("gn_mlp", True, False),
+        ("gn_mlp", False, True),
         ("lowtention", False, True),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 
 from lowkernels import BackendError, backends
 from lowkernels.backends.cpu.build import CACHE_VARIABLE, JIT_VARIABLE, BuildError
-from lowkernels.backends.cuda import build, library
+from lowkernels.backends.cuda import build, chains, library
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import random_call
 from tests.cuda import cases, execution
@@ -29,6 +29,11 @@ ARCHITECTURES = "8.0;9.0a"
 KERNELS = 2 * (2 * 4 + 2 * 4 + 2)
 # Five shapes of conv_act's CTA, three of which also pool.
 KERNELS += 2 * (5 + 3)
+# Six shapes of fused_mbconv's CTA, five of gn_mlp's, and the statistics of large images.
+KERNELS += 2 * (6 + 5 + 1)
+# Those of compute capability 9.0: in two dtypes four shapes of CTA of two operators.
+TIER = "_sm90"
+WARPGROUP_KERNELS = 2 * 2 * 4
 
 
 class Built(NamedTuple):
@@ -66,7 +71,8 @@ def built() -> Built:
     return Built(path, report.read_text())
 
 
-def test_kernels_keep_their_budget(built: Built) -> None:
+def compiled(built: Built, tier: str = "") -> list[tuple[str, ...]]:
+    """Name, architecture, stack, spill stores, spill loads and registers of each kernel, of ``tier`` or of none."""
     kernels = re.findall(
         r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -74,11 +80,20 @@ def test_kernels_keep_their_budget(built: Built) -> None:
         built.report,
         re.S,
     )
+    # Those of headers come with each file that launches them.
+    return [kernel for kernel in dict.fromkeys(kernels) if (TIER in kernel[0]) == bool(tier)]
+
+
+def test_kernels_keep_their_budget(built: Built) -> None:
+    kernels = compiled(built)
     assert len(kernels) == KERNELS * 2
     for name, arch, stack, stores, loads, registers in kernels:
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} for sm_{arch} spills"
         shape = re.search(r"ConfigILi(\d+)ELi(\d+)ELi(\d+)E", name)
-        if shape:
+        chain = re.search(r"ChainILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", name)
+        if chain:
+            ctas = chains.Chain(*map(int, chain.groups())).per_processor
+        elif shape:
             tiles, warps, groups = map(int, shape.groups())
             accumulators = tiles * groups // (8 // warps)
             ctas = 1 if accumulators > 4 else 2
@@ -88,21 +103,53 @@ def test_kernels_keep_their_budget(built: Built) -> None:
         assert int(registers) <= min(255, 65536 // 256 // ctas), f"{name} for sm_{arch}: {registers} registers, {ctas} CTAs wanted"
 
 
-def test_machine_code_has_the_instructions(built: Built) -> None:
+def test_warpgroup_kernels_keep_their_budget(built: Built) -> None:
+    assert "(C75" not in built.report, "a warpgroup product is serialised"
+    kernels = compiled(built, TIER)
+    assert len(kernels) == WARPGROUP_KERNELS * 2
+    for name, arch, stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{name} for sm_{arch} spills"
+        warpgroups = int(re.findall(r"WideChainILi(\d)E", name)[0])
+        assert int(registers) <= min(255, 65536 // (128 * warpgroups) // 8 * 8), f"{name} for sm_{arch}: {registers} registers"
+
+
+def machine_code(built: Built, arch: str) -> dict[str, str]:
     found = importlib.util.find_spec("triton")
     tools = Path(found.origin).parent / "backends" / "nvidia" / "bin" if found and found.origin else None
     if tools is None or not (tools / "nvdisasm").is_file():
         pytest.skip("no nvdisasm: it comes with the triton package")
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [str(tools / "cuobjdump"), "-sass", "-arch", arch, str(built.path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return {text.split(maxsplit=1)[0]: text for text in re.split(r"\bFunction : ", done.stdout)[1:]}
+
+
+def test_warpgroup_kernels_are_for_hopper_only(built: Built) -> None:
     for arch in ("sm_80", "sm_90a"):
-        command = [str(tools / "cuobjdump"), "-sass", "-arch", arch, str(built.path)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        functions = re.split(r"\bFunction : ", done.stdout)[1:]
+        functions = {name: text for name, text in machine_code(built, arch).items() if TIER in name}
+        assert len(functions) == WARPGROUP_KERNELS
+        for name, text in functions.items():
+            if arch == "sm_80":
+                assert "HGMMA" not in text
+                assert "BPT.TRAP" in text, f"{name} does not refuse to run"
+                continue
+            # Four steps of a slab for the first product, eight for each part of the second.
+            parts = -(-int(re.findall(r"WideChainILi\dELi(\d+)E", name)[0]) // 128)
+            assert len(re.findall(r"\bHGMMA\.64x\d+x16\.F32", text)) == 4 + 8 * parts, name
+            for instruction in ("LDSM", "LDGSTS.E.BYPASS.128", "WARPGROUP.ARRIVE", "gsb0, 0x1", "FENCE.VIEW.ASYNC"):
+                assert instruction in text, f"{name} has no {instruction}"
+            assert not re.search(r"\b(LDL|STL|HMMA)\b", text), f"{name} uses local memory or a warp's products"
+
+
+def test_machine_code_has_the_instructions(built: Built) -> None:
+    for arch in ("sm_80", "sm_90a"):
+        functions = {name: text for name, text in machine_code(built, arch).items() if TIER not in name}
         assert len(functions) == KERNELS
-        for text in functions:
-            name = text.split(maxsplit=1)[0]
-            wanted = ["HMMA.16816", "LDSM"]
-            wanted += ["LDGSTS"] * any(part in name for part in ("Config", "conv_act", "attention_kernel", "upsample_kernel"))
+        for name, text in functions.items():
+            wanted = ["HMMA.16816", "LDSM"] * ("partial_moments" not in name)
+            wanted += ["LDGSTS"] * any(
+                part in name for part in ("Config", "Chain", "conv_act", "attention_kernel", "upsample_kernel")
+            )
             wanted += ["LDSM.16.MT88"] * any(part in name for part in ("lowtentionI", "attention_kernel"))
             for instruction in wanted:
                 assert instruction in text, f"{name} has no {instruction}"
@@ -114,7 +161,7 @@ import sys, torch
 from pathlib import Path
 from lowkernels.backends.cuda import build
 print(build.load_library(Path(sys.argv[1])))
-for name in ("conv_act", "separable_conv", "mbconv", "lowtention"):
+for name in ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "gn_mlp", "lowtention"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("lowkernels_cuda::" + name, "CUDA") == (sys.argv[2] == "loads"), name
 """
 
@@ -260,4 +307,5 @@ def test_opcheck(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) 
 
 
 def test_schemas_name_their_operators() -> None:
-    assert set(library.SCHEMAS) == set(cases.OPERATORS)
+    # A tier has operators of its own.
+    assert {name.removesuffix("_sm90") for name in library.SCHEMAS} == set(cases.OPERATORS)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowkernels.backends.cuda import tiling
+from lowkernels import dispatch, settings
+from lowkernels.backends.cuda import chains, tiling
 from lowkernels.ops import OPERATORS
 from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import Call, check_call, random_call
@@ -154,12 +155,95 @@ def test_conv_act_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.Monk
     assert torch.equal(out[-1, :, -1], alone[0, :, -1])
 
 
+CHAINED = ("fused_mbconv", "gn_mlp")
+# Runs of pixels that begin and end anywhere, whole images, rectangles that leave the image.
+TILES_OF_CHAINS = [*(tiling.Tile(0, 1, pixels, 0) for pixels in (23, 45, 90)), tiling.Tile(1, 4, 4, 0)]
+
+
+@pytest.mark.parametrize("operator", CHAINED)
+@pytest.mark.parametrize("config", range(len(chains.CHAINS)))
+def test_every_shape_of_chain(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str, config: int) -> None:
+    if operator == "gn_mlp" and config == 0:
+        pytest.skip("gn_mlp has no such shape")
+    for number, tile in enumerate(TILES_OF_CHAINS if operator == "fused_mbconv" else TILES_OF_CHAINS[:3]):
+        forced = tile._replace(width=min(tile.width, chains.CHAINS[config].rows), config=config)
+        monkeypatch.setattr(chains, "choose", lambda *args, forced=forced: forced)
+        spatial = {"kernel_size": (3, 5, 7, 3)[number], "stride": (1, 2, 1, 2)[number]}
+        shape = {"channels": 12, "hidden": 140, "out_channels": 68, "height": 9, "width": 5, "batch": 3, **spatial}
+        prove(kernels, random_call(operator, dtype=DTYPES["bf16" if number % 2 else "fp16"], **shape))
+
+
+@pytest.mark.parametrize("operator", CHAINED)
+def test_plan_of_chains_asks_for_what_the_launcher_asks_for(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    planned = []
+    choose = chains.choose
+
+    def recorded(shape: chains.Shape, device: tiling.Device) -> tiling.Tile | None:
+        tile = choose(shape, device)
+        planned.append(0 if tile is None else chains.shared_bytes(shape, tile))
+        return tile
+
+    monkeypatch.setattr(chains, "choose", recorded)
+    for shape in cases.random_cases(operator, 12):
+        call = random_call(operator, dtype=torch.float16, **{**shape, "hidden": 4})
+        with execution.watched(kernels) as outcome:
+            execution.run(operator, call.args)
+        assert outcome.shared == planned[-1]
+
+
+@pytest.mark.parametrize(("size", "launches"), [(14, 1), (16, 1), (40, 2)])
+def test_launches_of_gn_mlp(kernels: Path, monkeypatch: pytest.MonkeyPatch, size: int, launches: int) -> None:
+    pieces = []
+    count = chains.pieces
+    monkeypatch.setattr(chains, "pieces", lambda *args: pieces.append(count(*args)) or pieces[-1])
+    prove(kernels, random_call("gn_mlp", channels=60, hidden=16, height=size, width=size, batch=1, dtype=torch.float16))
+    assert {1 + (number > 0) for number in pieces} == {launches}
+
+
+def test_statistics_of_a_large_mean(kernels: Path) -> None:
+    for size in (7, 40):  # where the image is whole in a CTA; of pieces
+        call = random_call("gn_mlp", channels=60, hidden=16, height=size, width=size, batch=1, dtype=torch.float16)
+        x = call.args[0] + 300
+        prove(kernels, Call("gn_mlp", (x.contiguous(memory_format=torch.channels_last), *call.args[1:])))
+
+
+def test_chains_divide_work_by_size() -> None:
+    hopper = tiling.Device(227 * 1024, 228 * 1024, 132)
+
+    def chosen(batch: int, channels: int, size: int, kernel: int) -> tuple[int, int]:
+        sides = (size, size) if kernel > 1 else (size * size, 1)
+        shape = chains.Shape(batch, channels, *sides, channels, kernel, 1, kernel // 2, 4 * channels, kernel == 1)
+        tile = chains.choose(shape, hopper)
+        assert tile is not None
+        return chains.CHAINS[tile.config].split, tile.height * tile.width
+
+    # A single image: warps share rows. Many small images: a CTA has whole ones, and their statistics.
+    assert chosen(1, 128, 14, 3)[0] == 4
+    assert chosen(256, 256, 7, 1) == (1, 98)
+    assert chosen(256, 128, 14, 1) == (1, 196)
+
+
+@pytest.mark.parametrize("operator", CHAINED)
+def test_division_that_a_setting_asks_for(kernels: Path, operator: str) -> None:
+    call = random_call(operator, channels=68, height=6, width=5, dtype=torch.float16)
+    kernel = dispatch.kernel(operator, "cuda")
+    tried = kernel.candidates(*call.args)
+    assert tried
+    results = []
+    for setting in ({}, *tried, {"images": 1, "height": 999, "width": 999, "config": 0}):
+        with settings.using(setting):
+            results.append(run(kernels, operator, call.args))
+    assert torch.equal(results[0], results[-1])
+
+
 @pytest.mark.parametrize("operator", [name for name in cases.OPERATORS if name != "conv_act"])
 def test_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     # Zero pages cost no memory, and neither does an output that is not touched: only the last CTAs run.
     monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(1, 8, 8, 1))
+    monkeypatch.setattr(chains, "choose", lambda shape, device: tiling.Tile(*((0, 1, 64) if shape.norm else (1, 8, 8)), 1))
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    size, batch = (64, 2**31 // (64 * 64 * 64) + 2) if operator != "lowtention" else (8, 2**31 // (8 * 8 * 64) + 2)
+    size = {"lowtention": 8, "gn_mlp": 32}.get(operator, 64)
+    batch = 2**31 // (size * size * 64) + 2
     call = random_call(operator, batch=1, channels=64, hidden=64, height=size, width=size, dtype=torch.float16)
     with execution.watched(kernels):
         alone = execution.run(operator, call.args)
@@ -170,7 +254,8 @@ def test_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.MonkeyPatch, 
         out = execution.run(operator, (x, *call.args[1:]))
     assert not outcome.reports, "\n".join(outcome.reports)
     assert outcome.blocks == 1
-    assert torch.equal(out[-1, :, -8:, -8:], alone[0, :, -8:, -8:])
+    rows, columns = (2, 32) if operator == "gn_mlp" else (8, 8)
+    assert torch.equal(out[-1, :, -rows:, -columns:], alone[0, :, -rows:, -columns:])
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)
@@ -251,8 +336,16 @@ def test_what_is_not_served_says_why(on_cpu: None, operator: str) -> None:
         assert words in reasons["cuda"]
 
 
-def test_too_many_channels_for_shared_memory(on_cpu: None) -> None:
-    call = random_call("mbconv", channels=2048, hidden=8, out_channels=8, kernel_size=7, batch=1, dtype=torch.float16)
-    reasons = dict(OPERATORS["mbconv"].explain(*call.args).rejected)
-    assert "needs" in reasons["cuda"]
+@pytest.mark.parametrize(
+    ("operator", "shape", "words"),
+    [
+        ("mbconv", {"channels": 2048, "kernel_size": 7}, "one output pixel needs"),
+        ("fused_mbconv", {"channels": 1024, "kernel_size": 7}, "conv_weight: C_in is 1024 and the kernel 7x7"),
+        ("gn_mlp", {"channels": 40000}, "fc1_weight: C is 40000: one pixel needs"),
+    ],
+)
+def test_too_many_channels_for_shared_memory(on_cpu: None, operator: str, shape: dict[str, int], words: str) -> None:
+    call = random_call(operator, hidden=8, out_channels=8, batch=1, dtype=torch.float16, **shape)  # type: ignore[arg-type]
+    reasons = dict(OPERATORS[operator].explain(*call.args).rejected)
+    assert words in reasons["cuda"]
     assert "bytes of shared memory" in reasons["cuda"]

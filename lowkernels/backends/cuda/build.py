@@ -42,7 +42,7 @@ _PREBUILT = "lowkernels_cuda.so"
 _VERSION = b"lowkernels-cuda-version:"
 _COMPILED_FOR = b"lowkernels-cuda-architectures:"
 
-_KERNELS = ("conv_act", "separable_conv", "mbconv", "lowtention")
+_KERNELS = ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "fused_mbconv_sm90", "gn_mlp", "gn_mlp_sm90", "lowtention")
 # -Xptxas=-v: what each kernel takes of registers and memory, for the logger.
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 # TORCH_TARGET_VERSION 2.10: nothing newer than that release's ABI is used.

@@ -21,15 +21,17 @@ INLINE_STATISTICS = 2**16
 # Pieces of an image in that launch.
 PIECES = 32
 
-# Multiply-adds a cycle, bytes a cycle from L2 where all multiprocessors ask, and cycles that a CTA needs before and after its products.
-_MULTIPLY_ADDS, L2_BYTES, _AROUND = 1024, 32, 3000
-# A CTA alone on its multiprocessor has nothing to do while it loads and stores; a warp alone on its scheduler while it waits for operands.
+# Multiply-adds a cycle, bytes a cycle from L2 where all multiprocessors ask and where one does, and cycles that a CTA needs before
+# and after its products.
+_MULTIPLY_ADDS, L2_BYTES, _L2_BYTES_ALONE, _AROUND = 1024, 32, 64, 3000
+# A CTA alone on its multiprocessor has nothing to do while it loads and stores; a warp alone on its scheduler while it waits for
+# operands.
 _ALONE, _ONE_WARP = 1.15, 1.3
 
 
 class Chain(NamedTuple):
-    """A compiled shape, as ``Chain`` in csrc/cuda/expand_project.cuh has it: of a warp, 16-row tiles, groups of expanded channels at a
-    time and groups of output channels; and how many warps split the expanded channels of the same rows."""
+    """A compiled shape, as ``Chain`` in csrc/cuda/expand_project.cuh has it: of a warp, 16-row tiles, groups of expanded channels at
+    a time and groups of output channels; and how many warps split the expanded channels of the same rows."""
 
     tiles: int
     expand: int
@@ -125,16 +127,7 @@ def shared_bytes(shape: Shape, tile: Tile) -> int:
 
 
 def counts(shape: Shape, rows: int) -> list[int]:
-    """How many consecutive pixels a CTA of so many rows may make: as many as it has, whole images, or an image in equal parts."""
-    height, width = shape.output
-    plane, pixels = height * width, shape.batch * height * width
-    found = {min(rows, pixels), *(n * plane for n in range(1, min(shape.batch, rows // plane) + 1))}
-    found.add(-(-plane // -(-plane // rows)))
-    return sorted(found, reverse=True)
-
-
-def counts(shape: Shape, rows: int) -> list[int]:
-    """Numbers of consecutive pixels for a CTA of so many rows: all rows, whole images, or an image in equal parts; the largest first."""
+    """Numbers of consecutive pixels for a CTA of so many rows, from the largest: all rows, whole images, an image in equal parts."""
     height, width = shape.output
     plane = height * width
     whole = (n * plane for n in range(1, min(shape.batch, rows // plane) + 1))
@@ -184,7 +177,8 @@ def _cost(shape: Shape, tile: Tile, device: Device) -> float:
         tiles = shape.batch * -(-height // tile.height) * -(-width // tile.width)
     ctas = tiles * -(-shape.out_channels // chain.columns)
     depth, expanded = shape.kernel**2 * shape.depth, rounded_up(shape.expanded, chain.chunk)
-    # The first product waits for shared memory where one mma needs more bytes than pass in its time: 256 / tiles + 256 / expand of 256.
+    # The first product waits for shared memory where one mma needs more bytes than the 256 that pass in its time: it needs
+    # 256 / tiles + 256 / expand.
     first = max(1.0, 1 / chain.tiles + 1 / chain.expand)
     row = expanded * (depth * first + chain.columns)
     # Schedulers take every fourth warp; warps without pixels do nothing.
@@ -192,7 +186,8 @@ def _cost(shape: Shape, tile: Tile, device: Device) -> float:
     busy = max(sum(warp % row_warps < live for warp in range(scheduler, WARPS, 4)) for scheduler in range(4))
     # Of the multiply-adds a cycle, a scheduler has a quarter.
     products = 4 * busy * 16 * chain.tiles * row / chain.split / _MULTIPLY_ADDS * (_ONE_WARP if busy == 1 else 1.0)
-    weights = 2 * expanded * (depth + chain.columns) / L2_BYTES
+    rate = min(_L2_BYTES_ALONE, L2_BYTES * device.processors / ctas) if ctas < device.processors else L2_BYTES
+    weights = 2 * expanded * (depth + chain.columns) / rate
     resident = max(1, min(chain.per_processor, device.shared_per_processor // (shared_bytes(shape, tile) + 1024)))
     alone = _ALONE if resident < 2 else 1.0
     return -(-ctas // device.processors) * (max(products, weights) * alone + around(shape, tile) / resident)

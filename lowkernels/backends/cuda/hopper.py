@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import settings
 from . import build, chains, tiling
 from .pack import STEP, rounded_up, vector
 from .tiling import Device, Tile
@@ -133,35 +134,59 @@ def _cost(shape: chains.Shape, tile: Tile, device: Device) -> float:
     chunks = -(-shape.expanded // SLAB_COLUMNS)
     slabs = chunks * (-(-(shape.kernel**2 * shape.depth) // SLAB_DEPTH) + SLAB_COLUMNS // SLAB_DEPTH * config.parts)
     # A warpgroup's products on a slab take 256 cycles of the tensor cores, and some tenth more of waiting for each other.
-    products = slabs * max(1.1 * 256 * config.warpgroups, _SLAB_BYTES / chains.L2_BYTES)
+    # A few CTAs have the L2 cache to themselves.
+    rate = chains.L2_BYTES * min(2.0, max(1.0, device.processors / ctas))
+    products = slabs * max(1.1 * 256 * config.warpgroups, _SLAB_BYTES / rate)
     return -(-ctas // device.processors) * (products + chains.around(shape, tile))
 
 
-def _tiles(shape: chains.Shape, config: Config) -> Iterator[Tile]:
-    for count in chains.counts(shape, config.rows):
-        yield Tile(0, 1, count, config.number)
-
-
 @functools.lru_cache(maxsize=4096)
-def _cheapest(shape: chains.Shape, device: Device, config: int | None) -> tuple[Tile, float] | None:
+def divisions(shape: chains.Shape, device: Device, config: int | None = None) -> list[Tile]:
+    """Every division that fits the device, the cheapest first; of one config if it is named."""
     # Slabs are packed for as many parts as the output channels need.
     parts = -(-shape.out_channels // SLAB_COLUMNS)
     configs = [c for c in CONFIGS if c.parts == parts and shape.out_channels <= c.columns and config in (None, c.number)]
-    fitting = [t for c in configs for t in _tiles(shape, c) if shared_bytes(shape, t) <= device.shared]
-    costs = [(tile, _cost(shape, tile, device)) for tile in fitting]
-    return min(costs, key=lambda pair: pair[1], default=None)
+    tiles = (Tile(0, 1, count, c.number) for c in configs for count in chains.counts(shape, c.rows))
+    fitting = [tile for tile in tiles if shared_bytes(shape, tile) <= device.shared]
+    return sorted(fitting, key=lambda tile: _cost(shape, tile, device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _faster(shape: chains.Shape, device: Device) -> Tile | None:
+    """The cheapest division if it is cheaper than the other kernels'."""
+    tile = next(iter(divisions(shape, device)), None)
+    return tile if tile is not None and _cost(shape, tile, device) < chains.cost(shape, device) else None
 
 
 def choose(operator: str, shape: chains.Shape, x: Tensor) -> Tile | None:
     """The division by warpgroups of a call with weights packed for them; None where the other kernels are to serve it."""
-    device, config, asked = tiling.device_of(x), _forced.get(), _asked()
-    found = _cheapest(shape, device, config)
-    if found is None or config is not None:
-        return found[0] if found else None
-    tile, cost = found
-    if asked == "sm_80" or (asked == "auto" and cost >= chains.cost(shape, device)):
+    device, config, setting, asked = tiling.device_of(x), _forced.get(), settings.current(), _asked()
+    if config is not None:
+        return next(iter(divisions(shape, device, config)), None)
+    if asked == "sm_80":
         return None
-    return None if refusal(operator, x) else tile
+    if setting:
+        tile = next((tile for tile in divisions(shape, device) if setting == _setting(tile)), None)
+    elif asked == "sm_90a":
+        tile = next(iter(divisions(shape, device)), None)
+    else:
+        tile = _faster(shape, device)
+    return None if tile is None or refusal(operator, x) else tile
+
+
+def _setting(tile: Tile) -> dict[str, int]:
+    """What a tuner calls a division of this tier; those of the others have no ``tier``."""
+    return {**tile._asdict(), "tier": 90}
+
+
+def candidates(operator: str, shape: chains.Shape, x: Tensor) -> list[dict[str, int]]:
+    """Settings for a tuner to try besides what :func:`choose` says, and besides the others' candidates."""
+    if unusable(x.device) is not None:
+        return []
+    device, chosen = tiling.device_of(x), choose(operator, shape, x)
+    found = [_setting(tile) for tile in divisions(shape, device) if tile != chosen]
+    best = chains.choose(shape, device) if chosen is not None else None
+    return found[: tiling.CANDIDATES] + ([best._asdict()] if best else [])
 
 
 def refusal(operator: str, x: Tensor) -> str:

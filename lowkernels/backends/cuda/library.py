@@ -16,6 +16,14 @@ SCHEMAS: dict[str, str] = {
     "int act, bool pool, int images, int config",
     "mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, "
     "Tensor(a!) out, int kernel, int stride, int padding, int act, bool residual, int[] tile",
+    "fused_mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor(a!) out, int kernel, "
+    "int stride, int padding, int act, bool residual, int[] tile",
+    "fused_mbconv_sm90": "Tensor x, Tensor slabs, Tensor expand_bias, Tensor project_bias, Tensor(a!) out, int kernel, int stride, "
+    "int padding, int act, bool residual, int[] tile",
+    "gn_mlp_sm90": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor slabs, Tensor expand_bias, Tensor project_bias, "
+    "Tensor(b!)[] partial, Tensor(a!) out, float eps, int act, bool residual, int[] tile",
+    "gn_mlp": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, "
+    "Tensor project_bias, Tensor(b!)[] partial, Tensor(a!) out, float eps, int act, bool residual, int[] tile",
     "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, "
     "Tensor(b!)[] scratch, Tensor(a!) out, float eps, float scale, int heads, int inner, int kernel, int stride, bool residual",
 }

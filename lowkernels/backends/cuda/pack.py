@@ -51,6 +51,26 @@ def pointwise(weight: Tensor, rows: int = STEP, columns: int = GROUP) -> Tensor:
     return fragments(weight[:, :, 0, 0].t(), rows, columns)
 
 
+def window(weight: Tensor) -> Tensor:
+    """A dense convolution (O, I, k, k) as fragments of [(tap row, tap column, I rounded up to a step), O]."""
+    width, channels, size, _ = weight.shape
+    padded = weight.new_zeros(size, size, rounded_up(channels, STEP), width)
+    padded[:, :, :channels] = weight.permute(2, 3, 1, 0)
+    return fragments(padded.reshape(-1, width))
+
+
+def chained(weight: Tensor) -> Tensor:
+    """A 1x1 convolution (O, I, 1, 1) behind a product whose accumulators are its input: fragments of [I, O].
+
+    Columns 4 q + 2 t + i of a group, as :func:`fragments` deals them, are in a lane's registers where the instruction takes row
+    8 t + 2 q + i of its other operand from.
+    """
+    matrix = weight[:, :, 0, 0].t()
+    padded = matrix.new_zeros(rounded_up(matrix.shape[0], STEP), matrix.shape[1])
+    padded[: matrix.shape[0]] = matrix
+    return fragments(padded.reshape(-1, 4, 2, 2, matrix.shape[1]).transpose(1, 2).reshape(padded.shape))
+
+
 def vector(values: Tensor | None, like: Tensor, size: int, multiple: int) -> Tensor:
     """fp32, ``size`` rounded up to a multiple, on ``like``'s device; zeros for None."""
     out = torch.zeros(rounded_up(size, multiple), dtype=torch.float32, device=like.device)

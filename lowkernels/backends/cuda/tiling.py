@@ -16,7 +16,7 @@ from .pack import CHUNK, GROUP, rounded_up
 _WINDOW_LENGTH = CHUNK + 16
 _TILE_LENGTH = CHUNK + 8
 # How many divisions a tuner tries besides the cheapest.
-_CANDIDATES = 6
+CANDIDATES = 6
 
 
 class Device(NamedTuple):
@@ -164,7 +164,7 @@ def choose(shape: Shape, device: Device) -> Tile | None:
 def candidates(shape: Shape, device: Device) -> list[dict[str, int]]:
     """The next cheapest divisions after :func:`choose`'s, as settings: what a tuner tries."""
     tiles = sorted(_fitting(shape, device), key=lambda tile: _cost(shape, tile, device))
-    return [tile._asdict() for tile in tiles[1 : 1 + _CANDIDATES]]
+    return [tile._asdict() for tile in tiles[1 : 1 + CANDIDATES]]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -28,6 +28,10 @@ extern "C" {
 FORWARD(lowkernels_conv_act, ConvAct)
 FORWARD(lowkernels_separable_conv, SeparableConv)
 FORWARD(lowkernels_mbconv, MBConv)
+FORWARD(lowkernels_fused_mbconv, ExpandProject)
+FORWARD(lowkernels_fused_mbconv_sm90, ExpandProject)
+FORWARD(lowkernels_gn_mlp_sm90, ExpandProject)
+FORWARD(lowkernels_gn_mlp, ExpandProject)
 FORWARD(lowkernels_lowtention, Lowtention)
 }
 }  // namespace lowkernels
