@@ -30,8 +30,8 @@ _ALONE, _ONE_WARP = 1.15, 1.3
 
 
 class Chain(NamedTuple):
-    """A compiled shape, as ``Chain`` in csrc/cuda/expand_project.cuh has it: of a warp, 16-row tiles, groups of expanded channels at
-    a time and groups of output channels; and how many warps split the expanded channels of the same rows."""
+    """A compiled shape, as ``Chain`` in csrc/cuda/expand_project.cuh has it: of a warp, 16-row tiles, groups of expanded
+    channels at a time and groups of output channels; and how many warps split the expanded channels of the same rows."""
 
     tiles: int
     expand: int
@@ -127,7 +127,7 @@ def shared_bytes(shape: Shape, tile: Tile) -> int:
 
 
 def counts(shape: Shape, rows: int) -> list[int]:
-    """Numbers of consecutive pixels for a CTA of so many rows, from the largest: all rows, whole images, an image in equal parts."""
+    """Numbers of consecutive pixels for a CTA of that many rows, largest first: all rows, whole images, an image in equal parts."""
     height, width = shape.output
     plane = height * width
     whole = (n * plane for n in range(1, min(shape.batch, rows // plane) + 1))
