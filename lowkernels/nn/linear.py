@@ -15,9 +15,9 @@ from ..ops.activations import activate
 from .block import FusedBlock, has_hooks
 
 # Rows up to which the operator is the faster one, by backend; where there is none it never is. On a CPU reading the weights is all
-# there is to a single row, and packed ones are read in one stream; with more rows PyTorch's matrix products are better. On a GPU up
+# there is to a row or two, and packed ones are read in one stream; with more rows PyTorch's matrix products are better. On a GPU up
 # to 16 rows are one tile of the kernel that divides the depth among its warps: one launch instead of two or three.
-FASTER_UP_TO = {"cpu": 1, "cuda": 16}
+FASTER_UP_TO = {"cpu": 2, "cuda": 16}
 
 
 class Linear(FusedBlock, nn.Linear):

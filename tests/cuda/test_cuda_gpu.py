@@ -16,6 +16,11 @@ pytestmark = pytest.mark.gpu
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("conv_act", {"channels": 3, "out_channels": 16, "height": 224, "width": 224, "stride": 2, "act": "hardswish"}),
+    ("conv_act", {"channels": 256, "out_channels": 1536, "kernel_size": 1, "act": "hardswish", "pool": True}),
+    ("conv_act", {"channels": 256, "out_channels": 1536, "height": 16, "width": 16, "kernel_size": 1, "pool": True}),
+    ("conv_act", {"channels": 1536, "out_channels": 1600, "height": 1, "width": 1, "kernel_size": 1}),
+    ("conv_act", {"channels": 128, "out_channels": 512, "height": 14, "width": 14, "act": "hardswish"}),
     ("separable_conv", {"channels": 32, "out_channels": 16, "height": 112, "width": 112}),
     ("separable_conv", {"channels": 512, "height": 14, "width": 14}),
     ("mbconv", {"channels": 256, "height": 7, "width": 7}),
