@@ -22,7 +22,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "separable_conv": [{"channels": 196, "out_channels": 100, "height": 9, "width": 6}],
     "mbconv": [{"channels": 20, "hidden": 132, "out_channels": 40, "height": 9, "width": 7}],
     "fused_mbconv": [{"channels": 20, "hidden": 132, "out_channels": 132, "height": 5, "width": 7}],
-    "gn_mlp": [{"channels": 20, "hidden": 132, "out_channels": 132, "height": 5, "width": 7}],
+    "gn_mlp": [{"channels": 20, "hidden": 132, "out_channels": 132, "height": 5, "width": 6}],
     "lowtention": [
         {"channels": 36, "num_heads": 2, "head_dim": 16, "height": 9, "width": 9},
         {"channels": 36, "num_heads": 1, "head_dim": 16, "height": 17, "width": 16, "batch": 1},

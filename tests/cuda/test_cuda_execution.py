@@ -223,6 +223,20 @@ def test_chains_divide_work_by_size() -> None:
     assert chosen(256, 128, 14, 1) == (1, 196)
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "stride", "tile"),
+    [(128, 14, 3, 1, (14, 7)), (20, 56, 3, 2, (28, 4)), (36, 9, 5, 1, (9, 5)), (160, 30, 7, 2, (6, 15)), (16, 23, 1, 1, (23, 3))],
+)
+def test_rows_of_windows_meet_no_bank_twice(channels: int, size: int, kernel: int, stride: int, tile: tuple[int, int]) -> None:
+    shape = chains.Shape(1, channels, size, size, 128, kernel, stride, kernel // 2, 512, False)
+    width, height = tile
+    _, pitch = chains.window(shape, tiling.Tile(1, height, width, 1))
+    starts = [2 * (y * stride * pitch + x * (shape.depth + 8)) for y in range(height) for x in range(width)]
+    # Eight rows of 16 bytes go through shared memory at once, 128 bytes wide.
+    for first in range(0, len(starts) - 7, 8):
+        assert len({start // 16 % 8 for start in starts[first : first + 8]}) == 8
+
+
 @pytest.mark.parametrize("operator", CHAINED)
 def test_division_that_a_setting_asks_for(kernels: Path, operator: str) -> None:
     call = random_call(operator, channels=68, height=6, width=5, dtype=torch.float16)
