@@ -50,8 +50,8 @@ class _Plan(NamedTuple):
 class Prepared(NamedTuple):
     """A call whose checks and dispatch are settled, for inputs that look just like one that was served before.
 
-    Running it goes straight to the backend's kernel. That is only right where :func:`nobody_listens`, the input's :func:`looks` are the
-    same as then, and so are the weights, which is the caller's to know.
+    Running it goes straight to the backend's kernel. That is only right where :func:`nobody_listens`, the input's :func:`looks` are
+    the same as then, and so are the weights, which is the caller's to know.
 
     Attributes:
         served: (choice, inputs copied to NHWC), as :func:`lowkernels.dispatch.last_call` gives it.
