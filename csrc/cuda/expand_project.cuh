@@ -44,7 +44,7 @@ struct Chain {
 
 // The window in shared memory: pixels of `pixel` elements, rows of `pitch`. With stride 2 even columns come first, then odd ones, from
 // `odd`: the pixels that neighbouring outputs read with one tap are neighbours. `pixel` is an odd number of 16-byte units and `pitch`
-// carries on where the tile's row ends, so that ldmatrix meets no bank twice in a rectangle.
+// carries on where the tile's row ends, so that ldmatrix meets no bank twice; but where an image ends, and where stride 2 meets an odd width.
 struct Layout {
     int rows, columns, odd, pixel, pitch;
     int image_rows;     // of window that the outputs of one whole image read, padding included
@@ -228,6 +228,11 @@ struct Products {
             rows[m] = shared_address(window + at + lane / 16 * 8);
         }
         clear(out);
+        // The bias is one of the sums' terms: added at the end, its loads would not fit into registers beside them.
+        if (split == 0) {
+#pragma unroll
+            for (int g = 0; g < C::kGroups; g++) add_bias(out, g, load4(t.p.project_bias + column(t.p, g)));
+        }
         const bool live = first_row < t.layout.pixels;
         for (int chunk = 0; chunk < t.chunks; chunk++) {
             const int first = chunk * C::kChunkGroups + split * C::kExpand;
@@ -316,15 +321,11 @@ struct Products {
                 for (int h = 0; h < 2; h++) f(out[m][g][h], (m * C::kGroups + g) * 2 + h);
     }
 
-    // Bias and residual; then the CTA's pixels go out, 32 bytes of neighbouring channels at a time. Loads are not made to wait for each
-    // other: beyond the last column they read the first one again.
+    // The residual; then the CTA's pixels go out, 32 bytes of neighbouring channels at a time.
     LK_DEVICE void store(const Task& t, const Pixels& pixels) {
         const ExpandProject& p = t.p;
         const int lane = lane_index(), warp = warp_index(), first_column = block_y() * C::kGroups * kGroup + lane % 4 * 4;
         if (warp >= C::kRowWarps) return;
-        auto column = [&](int g) { return first_column + g * kGroup < p.g.co ? first_column + g * kGroup : first_column; };
-#pragma unroll
-        for (int g = 0; g < C::kGroups; g++) add_bias(out, g, load4(p.project_bias + column(g)));
 #pragma unroll
         for (int m = 0; m < C::kTiles; m++) {
 #pragma unroll
@@ -338,7 +339,7 @@ struct Products {
                     if (p.residual) {
 #pragma unroll
                         for (int g = 0; g < kBatch; g++)
-                            r[g] = *reinterpret_cast<const Bits4*>(static_cast<const T*>(p.x) + at + column(first + g));
+                            r[g] = *reinterpret_cast<const Bits4*>(static_cast<const T*>(p.x) + at + column(p, first + g));
                     }
 #pragma unroll
                     for (int g = 0; g < kBatch; g++) {
@@ -355,7 +356,14 @@ struct Products {
     }
 
 private:
-    static constexpr int kBatch = C::kGroups > 8 ? C::kGroups / 2 : C::kGroups;  // more would spill
+    // The first of this lane's four columns in group `g`. Loads are not made to wait for each other by conditions: where there is no
+    // such group they read the first one's again.
+    static LK_DEVICE int column(const ExpandProject& p, int g) {
+        const int first = block_y() * C::kGroups * kGroup + lane_index() % 4 * 4;
+        return first + g * kGroup < p.g.co ? first + g * kGroup : first;
+    }
+
+    static constexpr int kBatch = C::kGroups % 4 == 0 ? 4 : 5;  // groups; eight would spill
 };
 
 inline int positive_remainder(int a, int b) { return (a % b + b) % b; }
