@@ -88,7 +88,8 @@ class LowFormer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last stage's map (N, num_features, ceil(H/32), ceil(W/32))."""
-        for part in (self.stem, *self.stages):
+        parts = (self.stem, *self.stages) if self.grad_checkpointing else (self.stem, self.stages)
+        for part in parts:
             x = run_blocks(part, x, checkpointed=self.grad_checkpointing)
         return x
 

@@ -263,6 +263,31 @@ private:
     std::vector<std::function<at::Tensor(const at::Tensor&)>> steps_;
 };
 
+// Tensors, and what was their version and where was their data: a chain asks on every call whether any has changed. From Python that
+// is one cache miss after another, some ten for each tensor; here the processor has many under way at once.
+class Watch : public torch::CustomClassHolder {
+public:
+    // A negative version is not looked at: inference tensors count none.
+    Watch(std::vector<at::Tensor> tensors, std::vector<i64> versions, std::vector<i64> pointers)
+        : tensors_(std::move(tensors)), versions_(std::move(versions)), pointers_(std::move(pointers)) {
+        TORCH_CHECK(tensors_.size() == versions_.size() && tensors_.size() == pointers_.size(), "lowkernels_cpu: Watch: lists of different lengths");
+    }
+
+    bool unchanged() const {
+        bool same = true;
+        for (std::size_t i = 0; i < tensors_.size(); ++i) {
+            const c10::TensorImpl& tensor = *tensors_[i].unsafeGetTensorImpl();
+            const bool version = versions_[i] < 0 || i64(tensor.version_counter().current_version()) == versions_[i];
+            same &= version & (reinterpret_cast<i64>(tensor.data()) == pointers_[i]);
+        }
+        return same;
+    }
+
+private:
+    std::vector<at::Tensor> tensors_;
+    std::vector<i64> versions_, pointers_;
+};
+
 // The instruction set's name, and what packing depends on: floats in a vector, whether bf16 weights stay bf16.
 std::tuple<std::string, i64, bool> layout(bool half) {
     const Kernels& k = kernels(half ? at::kBFloat16 : at::kFloat);
@@ -281,7 +306,13 @@ TORCH_LIBRARY(lowkernels_cpu, m) {
     m.def("lowtention(Tensor x, Tensor[] packed, float eps, int heads, int stride, bool residual) -> Tensor");
     m.def("gn_mlp(Tensor x, Tensor[] packed, float eps, int act, bool residual) -> Tensor");
     m.def("layout(bool half) -> (str, int, bool)", lowkernels::layout);
-    m.class_<lowkernels::Chain>("Chain").def(torch::init<>()).def("add", &lowkernels::Chain::add).def("run", [](const c10::intrusive_ptr<lowkernels::Chain>& self, at::Tensor x) { return self->run(std::move(x)); });
+    m.class_<lowkernels::Chain>("Chain")
+        .def(torch::init<>())
+        .def("add", &lowkernels::Chain::add)
+        .def("run", [](const c10::intrusive_ptr<lowkernels::Chain>& self, at::Tensor x) { return self->run(std::move(x)); });
+    m.class_<lowkernels::Watch>("Watch")
+        .def(torch::init<std::vector<at::Tensor>, std::vector<int64_t>, std::vector<int64_t>>())
+        .def("unchanged", &lowkernels::Watch::unchanged);
 }
 
 TORCH_LIBRARY_IMPL(lowkernels_cpu, CPU, m) {

@@ -460,6 +460,7 @@ class FusedBlock(nn.Module):
             self._modules.clear()
             self._parts = {}
             self._signature = None
+            self._prepared = {}
             self._watch()
 
     def _check_freezable(self) -> None:

@@ -7,9 +7,11 @@ backend offers it (``chain`` in the backend's module), all the blocks are one ca
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +21,52 @@ from .. import backends, dispatch
 from ..ops.operator import Prepared, looks, nobody_listens
 from .block import PREPARED_KEPT, FusedBlock, has_hooks, hook_dicts
 
+_attributes = {name: operator.attrgetter(name) for name in ("_prepared", "backend", "training")}
 
-class _Link(NamedTuple):
-    """A block of a chain; what it had settled for its input, in which dict, and for which backend argument."""
 
-    block: FusedBlock
-    prepared: Prepared
-    settled: dict[tuple[Any, ...], Prepared]
-    backend: str
+class _Row:
+    """The blocks of a chain as one call, and all that it relies on.
 
-    def holds(self, gradients: bool) -> bool:
-        """Whether the block would run the same kernel on the same packed weights again."""
-        block = self.block
+    That is what each block's own forward would look at, in lists of their own: going from block to block in Python takes several
+    times as long, once kernels have filled the caches in between.
+    """
+
+    def __init__(self, backend: ModuleType, calls: list[Prepared], inputs: list[Tensor], blocks: list[FusedBlock]) -> None:
+        self.run: Callable[[Tensor], Tensor] | None = backend.chain(calls, inputs)
+        served = [call.served for call in calls]
+        self._blocks = blocks
+        self._served = [(block.__dict__, call) for block, call in zip(blocks, served, strict=True)]
+        self._settled = [block._prepared for block in blocks]
+        self._backends = [block.backend for block in blocks]
+        self._modes = [m for block in blocks for m in (block, *block._mode_sensitive)]
+        self._hooks = [hooks for block in blocks for hooks in (*hook_dicts(block), *block._hooks_of_children)]
+        self._frozen = all(block.frozen for block in blocks)
+        sources = [source for block in blocks for source in block._signature or ()]
+        self._places = [place for place, *_ in sources]
+        self._keys = [key for _, key, *_ in sources]
+        self._tensors = [tensor for _, _, tensor, _, _ in sources]
+        versions, pointers = [version for *_, version, _ in sources], [pointer for *_, pointer in sources]
+        self._unchanged: Callable[[], bool] = backend.watch(self._tensors, versions, pointers)
+
+    def holds(self) -> bool:
+        """Whether every block would run the same kernel on the same packed weights again."""
         return (
-            block._prepared is self.settled
-            and block.backend == self.backend
-            and not block.training
-            and not block.must_run_its_children()
-            and (block.frozen or (not gradients and block.up_to_date()))
+            (self._frozen or not torch.is_grad_enabled())
+            and all(map(operator.is_, map(_attributes["_prepared"], self._blocks), self._settled))
+            and list(map(_attributes["backend"], self._blocks)) == self._backends
+            and not any(map(_attributes["training"], self._modes))
+            and not any(self._hooks)
+            and all(map(operator.is_, map(dict.get, self._places, self._keys), self._tensors))
+            and self._unchanged()
         )
 
-
-class _Row(NamedTuple):
-    run: Callable[[Tensor], Tensor]
-    links: list[_Link]
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.run is not None
+        out = self.run(x)
+        for attributes, served in self._served:
+            attributes["_last_call"] = served
+        dispatch.record(*served)
+        return out
 
 
 class Chain(nn.Sequential):
@@ -81,16 +105,10 @@ class Chain(nn.Sequential):
         row = self._rows[key]
         if row is None:
             return self._one_by_one(x)
-        gradients = torch.is_grad_enabled()
-        for link in row.links:
-            if not link.holds(gradients):
-                del self._rows[key]
-                return self._one_by_one(x)
-        out = row.run(x)
-        for link in row.links:
-            link.block.__dict__["_last_call"] = link.prepared.served
-        dispatch.record(*row.links[-1].prepared.served)
-        return out
+        if not row.holds():
+            del self._rows[key]
+            return self._one_by_one(x)
+        return row(x)
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         out: Tensor = super().forward(x)
@@ -101,29 +119,28 @@ class Chain(nn.Sequential):
         containers = [self, *(m for m in self.modules() if m is not self and isinstance(m, Chain))]
         blocks = list(_blocks(self))
         self._structure = [(m._modules, tuple(m._modules.values())) for m in containers]
-        self._hooks = [hooks for m in (*containers[1:], *blocks) for hooks in hook_dicts(m)]
+        self._hooks = [hooks for m in containers[1:] for hooks in hook_dicts(m)]
         if any(self._hooks):
             return self._one_by_one(x)
-        links: list[_Link] = []
+        calls: list[Prepared] = []
         inputs = []
         for block in blocks:
             inputs.append(x)
             known = looks(x, block.backend_argument())
             x = block(x)
-            prepared = block._prepared.get(known)
-            if prepared is not None:
-                links.append(_Link(block, prepared, block._prepared, block.backend))
-        if len(links) < len(blocks) and torch.is_grad_enabled():
+            if known in block._prepared:
+                calls.append(block._prepared[known])
+        if len(calls) < len(blocks) and torch.is_grad_enabled():
             # Settled without gradients only, as they mostly come.
             return x
-        run = None
-        serving = {link.prepared.served[0].backend for link in links}
-        if len(links) == len(blocks) and len(serving) == 1:
-            make = getattr(backends.load(serving.pop()), "chain", None)
-            run = make and make([link.prepared for link in links], inputs)
+        row = None
+        serving = {call.served[0].backend for call in calls}
+        if len(calls) == len(blocks) and len(serving) == 1:
+            backend = backends.load(serving.pop())
+            row = _Row(backend, calls, inputs, blocks) if hasattr(backend, "chain") else None
         if len(self._rows) >= PREPARED_KEPT:
             self._rows.clear()
-        self._rows[key] = run and _Row(run, links)
+        self._rows[key] = row if row is not None and row.run is not None else None
         return x
 
     def _forget(self) -> None:

@@ -18,9 +18,6 @@ from .block import FusedBlock, has_hooks
 # there is to a row or two, and packed ones are read in one stream; with more rows PyTorch's matrix products are better. On a GPU up
 # to 16 rows are one tile of the kernel that divides the depth among its warps: one launch instead of two or three.
 FASTER_UP_TO = {"cpu": 2, "cuda": 16}
-# Where it is faster but not exact enough: the CPU kernel adds up the whole depth in one float32 sum, and a classifier's 1536 terms
-# then take more of a model's error budget than PyTorch's shorter sums leave.
-LESS_EXACT = {"cpu": torch.float32}
 
 
 class Linear(FusedBlock, nn.Linear):
@@ -97,9 +94,6 @@ class Linear(FusedBlock, nn.Linear):
         assert weights[0] is not None
         image = torch.empty(x.shape[0], self.in_features, 1, 1, dtype=weights[0].dtype, device=x.device)
         choice = self.operator.explain(*self._arguments(image, weights), backend=self.backend_argument())
-        if weights[0].dtype == LESS_EXACT.get(choice.backend):
-            reason = f"PyTorch's own product is more exact than {choice.backend}'s in {weights[0].dtype}"
-            return Choice(self.operator_name, "eager", reason, choice.rejected)
         most = FASTER_UP_TO.get(choice.backend, 0)
         if x.shape[0] <= most:
             return None

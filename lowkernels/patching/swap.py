@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..errors import FrozenError
 from ..nn.block import FusedBlock
+from ..nn.chain import Chain, chain_blocks
 from ..report import NOTES, Row
 from .batchnorm import FoldedNorm, FoldedNormConv, fold_batch_norms
 from .linears import replace_linears
@@ -91,6 +92,8 @@ def _accelerate(model: nn.Module, backend: str, fold_batch_norm: bool, channels_
                 swaps, changed = _try(model, backend, example_input, swaps, fold_batch_norm, notes, exchanges)
             for swap in swaps:
                 exchanges.put(swap.parent, swap.name, swap.block)
+            for parent, name, chain in chain_blocks(model):
+                exchanges.put(parent, name, chain)
             for module in model.modules():
                 if isinstance(module, _OURS) and module.original is not None and module.original.training:
                     # Made or tried in eval mode, unlike what it replaces.
@@ -125,7 +128,7 @@ def restore(model: nn.Module) -> nn.Module:
         raise FrozenError("lowkernels.restore: the model was frozen, so the original modules are gone")
     for parent in modules:
         for name, child in list(parent._modules.items()):
-            original = child.original if isinstance(child, _OURS) else None
+            original = child.original if isinstance(child, (*_OURS, Chain)) else None
             if original is not None:
                 parent._modules[name] = original
     parallel = _is_parallel(model)

@@ -9,6 +9,7 @@ import torch
 
 from . import build
 from .chain import chain as chain
+from .chain import watch as watch
 
 NAME = "cpu"
 KERNEL = "cpu"

@@ -13,15 +13,22 @@ if TYPE_CHECKING:
     from ...ops.operator import Prepared
 
 
-class _Watch(TorchDispatchMode):
+def watch(tensors: list[Tensor], versions: list[int | None], pointers: list[int]) -> Callable[[], bool]:
+    """A function that says whether these are still the tensors' versions (None: it has none) and addresses."""
+    numbers = [-1 if version is None else version for version in versions]
+    unchanged: Callable[[], bool] = torch.classes.lowkernels_cpu.Watch(tensors, numbers, pointers).unchanged
+    return unchanged
+
+
+class _Calls(TorchDispatchMode):
     """Keeps the calls of operators made in it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        self.made: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.calls.append((func, args))
+        self.made.append((func, args))
         return func(*args, **(kwargs or {}))
 
 
@@ -38,11 +45,11 @@ def chain(calls: Sequence[Prepared], inputs: Sequence[Tensor]) -> Callable[[Tens
         return None
     for call, x in zip(calls, inputs, strict=True):
         x = x.contiguous(memory_format=torch.channels_last)
-        with _Watch() as watch:
+        with _Calls() as seen:
             out = call.run(x)
-        if len(watch.calls) != 1 or watch.calls[0][0].namespace != "lowkernels_cpu" or out.stride() != call.stride:
+        if len(seen.made) != 1 or seen.made[0][0].namespace != "lowkernels_cpu" or out.stride() != call.stride:
             return None
-        func, (first, *rest) = watch.calls[0]
+        func, (first, *rest) = seen.made[0]
         assert first is x
         packed = next(v for v in rest if isinstance(v, list))
         numbers = [int(v is not None) if v is None or v is x else v for v in rest if not isinstance(v, list | float)]
