@@ -253,6 +253,7 @@ void normalisation(const Call& call, lk::ExpandProject& p, const Tensor& weight,
     p.eps = static_cast<float>(eps);
     STD_TORCH_CHECK(partial.size() <= 1, "lowkernels_cuda::gn_mlp: argument partial: has ", partial.size(), " tensors; allowed are 0 and 1");
     if (partial.empty()) return;
+    STD_TORCH_CHECK(p.g.n > 0, "lowkernels_cuda::gn_mlp: argument x: has no images");
     p.pieces = static_cast<int>(partial[0].numel() / (2 * int64_t{p.g.n}));
     p.partial = call.scratch_floats(partial[0], "partial", 2 * int64_t{p.g.n} * p.pieces);
 }
