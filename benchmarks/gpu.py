@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lowkernels import backends
+from lowkernels.choosing import tuning
 from lowkernels.errors import LowkernelsError
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import check_call
@@ -175,20 +176,10 @@ def _outcome(layer: Layer, dtype: torch.dtype, device: str, backend: str) -> dic
 def sweep(
     layers: Sequence[Layer], batches: Sequence[int], dtype: torch.dtype, device: str, time_left: Callable[[], float]
 ) -> Iterator[dict[str, Any]]:
-    """Tuning rows of every backend that offers a sweep.
-
-    A backend offers one by a function ``tune(operator, args, seconds)`` in its module, which yields a dict for each configuration
-    tried: what it was, and ``ms``.
-
-    Yields:
-        Those dicts with the layer they are about; one line that says so if no backend offers a sweep.
-    """
-    offering = [b for b in backends.PRIORITY if hasattr(backends.load(b), "tune")]
-    if not offering:
-        yield {"kind": "tuning", "reason": f"no backend offers a sweep: {', '.join(backends.PRIORITY)}"}
+    """Tuning rows of every backend: what :func:`lowkernels.choosing.tuning.facts` yields, with the layer it is about."""
     for batch in batches:
         for layer in layers:
-            for backend in offering:
+            for backend in backends.PRIORITY:
                 if time_left() <= 0 or backends.load(backend).unavailable(device) is not None:
                     continue
                 about = {
@@ -200,7 +191,7 @@ def sweep(
                 }
                 try:
                     args = layer.call(batch, dtype, device)
-                    for fact in backends.load(backend).tune(layer.operator, args, time_left()):
+                    for fact in tuning.facts(backend, layer.operator, args, time_left()):
                         yield {**about, **fact}
                 except Exception as error:
                     yield {**about, "reason": f"{type(error).__name__}: {error}"[:300]}

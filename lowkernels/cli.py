@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, measured
+from . import backends
 from ._version import __version__
+from .choosing import measured
 from .dispatch import requested
 from .errors import LowkernelsError
 from .ops import OPERATORS
@@ -185,7 +186,7 @@ def _positive(text: str) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from . import tuning
+    from .choosing import tuning
 
     if args.results:
         try:

@@ -2,8 +2,8 @@
 
 The request comes from, in this order: the call's ``backend`` argument, the innermost :func:`use_backend` context, the environment
 variable ``LOWKERNELS_BACKEND``, and ``"auto"``. A backend requested by name serves the call or raises
-:class:`~lowkernels.errors.BackendError`; ``"auto"`` takes the first backend that can, in the order that :mod:`lowkernels.choice`
-gives, and keeps every reason why the ones before it could not.
+:class:`~lowkernels.errors.BackendError`; ``"auto"`` takes the first backend that can, in the order of
+:mod:`lowkernels.choosing.auto`, and keeps every reason why the ones before it could not.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from . import backends, measured, selfcheck
-from . import choice as choosing
+from . import backends, selfcheck
+from .choosing import auto, measured
+from .choosing.settings import Setting, WithSetting
 from .errors import BackendError
-from .settings import Setting, WithSetting
 
 ENVIRONMENT_VARIABLE = "LOWKERNELS_BACKEND"
 AUTO = "auto"
@@ -52,8 +52,8 @@ class Kernel(Protocol):
         """Run the operator; the last argument is the list :meth:`pack` made, or None. ``x`` is NHWC in memory and not empty.
 
         If the file has a function ``candidates(x, *args)``, of the same arguments without ``packed``, ``lowkernels tune`` tries the
-        settings it lists (dicts of names to integers), and this function heeds :func:`lowkernels.settings.current`: a setting,
-        maybe one found best for a call of a similar size, or nothing. One that does not fit the call must be ignored.
+        settings it lists (dicts of names to integers), and this function heeds :func:`lowkernels.choosing.settings.current`: a
+        setting, maybe one found best for a call of a similar size, or nothing. One that does not fit the call must be ignored.
         """
 
 
@@ -74,7 +74,7 @@ class Choice:
     backend: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
-    basis: str = choosing.ORDER
+    basis: str = auto.ORDER
 
     def __str__(self) -> str:
         refused = "".join(f"; {name}: {reason}" for name, reason in self.rejected)
@@ -187,11 +187,11 @@ def choose(
         reason = refusal(name)
         if reason is not None:
             raise BackendError(f"lowkernels.{operator}: backend {name!r}, asked for by {source}, cannot serve this call: {reason}")
-        setting = {} if call is None else choosing.setting(operator, name, call)
-        return _with(operator, name, setting), Choice(operator, name, f"asked for by {source}", basis=choosing.REQUESTED)
+        setting = {} if call is None else auto.setting(operator, name, call)
+        return _with(operator, name, setting), Choice(operator, name, f"asked for by {source}", basis=auto.REQUESTED)
 
     names = [candidate for candidate in backends.PRIORITY if like.device.type in backends.load(candidate).DEVICES]
-    ranking = choosing.rank(operator, names, call, packed_for)
+    ranking = auto.rank(operator, names, call, packed_for)
     rejected: list[tuple[str, str]] = []
     for candidate in ranking.order:
         reason = refusal(candidate)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
 NAME = "eager"
@@ -18,10 +15,3 @@ def unavailable(device_type: str) -> str | None:
 
 def describe() -> str:
     return f"PyTorch {torch.__version__} operators; the reference, serves every call"
-
-
-def tune(operator: str, args: tuple[Any, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    """A dict for each setting tried on a call, see :func:`lowkernels.tuning.facts`."""
-    from ..tuning import facts
-
-    return facts(NAME, operator, args, seconds)

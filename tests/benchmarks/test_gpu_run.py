@@ -19,6 +19,7 @@ from benchmarks.cli import main
 from benchmarks.gpu import STAGES, Stage, check_layers, run_stages, sweep
 from benchmarks.subjects import Layer
 from lowkernels import backends, dispatch
+from lowkernels.choosing import tuning
 from lowkernels.ops import OPERATORS
 
 LAYER = Layer("gn_mlp", 8, 8, 4, 4, act="gelu", hidden=16, residual=True)
@@ -143,26 +144,24 @@ def test_a_crash_during_a_check_is_noted_as_wrong(tmp_path: Path) -> None:
     assert fact["reason"] == "the process ended during the call"
 
 
-def test_sweeps_of_backends_that_offer_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tune(operator: str, args: tuple[Any, ...], seconds: float) -> Iterator[dict[str, Any]]:
+def test_sweeps_of_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts_of(backend: str, operator: str, args: tuple[Any, ...], seconds: float) -> Iterator[dict[str, Any]]:
+        assert (backend, operator) == ("tunable", LAYER.operator)
         assert seconds > 0
         assert args[0].shape[0] == 4
         yield {"config": {"block": 32}, "ms": 2.0}
         yield {"config": {"block": 64}, "ms": 1.0}
         raise RuntimeError("no third one")
 
-    module = SimpleNamespace(tune=tune, unavailable=lambda device: None)
-    plain = SimpleNamespace(unavailable=lambda device: None)
-    monkeypatch.setattr(backends, "PRIORITY", ("tunable", "eager"))
-    monkeypatch.setattr(backends, "load", lambda name: module if name == "tunable" else plain)
+    monkeypatch.setattr(tuning, "facts", facts_of)
+    monkeypatch.setattr(backends, "PRIORITY", ("absent", "tunable"))
+    missing = {"absent": "it is not here", "tunable": None}
+    monkeypatch.setattr(backends, "load", lambda name: SimpleNamespace(unavailable=lambda device: missing[name]))
     facts = list(sweep([LAYER], (4,), torch.float32, "cpu", lambda: 1.0))
     assert [f.get("ms") for f in facts] == [2.0, 1.0, None]
     assert facts[0]["backend"] == "tunable"
     assert facts[0]["layer"] == LAYER.name
     assert facts[2]["reason"] == "RuntimeError: no third one"
-    monkeypatch.setattr(backends, "PRIORITY", ("eager",))
-    (fact,) = sweep([LAYER], (4,), torch.float32, "cpu", lambda: 1.0)
-    assert fact["reason"] == "no backend offers a sweep: eager"
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowkernels import settings, tuning
 from lowkernels.backends.cuda import launch, tiling
+from lowkernels.choosing import settings, tuning
 from lowkernels.testing import check_call, random_call
 from tests.cuda import execution
 

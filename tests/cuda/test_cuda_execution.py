@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lowkernels import dispatch, settings
+from lowkernels import dispatch
 from lowkernels.backends.cuda import chains, tiling
+from lowkernels.choosing import settings
 from lowkernels.ops import OPERATORS
 from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import Call, check_call, random_call

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lowkernels import settings
 from lowkernels.backends import cuda
 from lowkernels.backends.cuda import chains, hopper, launch, tiling
+from lowkernels.choosing import settings
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import check_call, random_call
 from tests.cuda import cases, execution

@@ -7,8 +7,6 @@ weights, :mod:`.tiling` divides work among CTAs and :mod:`.launch` calls them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -47,10 +45,3 @@ def describe() -> str:
     if path is None:
         return f"CUDA C++ kernels: to be compiled on first use by {build.compiler()}"
     return f"CUDA C++ kernels, version {build.version()}, for {build.library_architectures(path)}{hopper.describe()}"
-
-
-def tune(operator: str, args: tuple[Any, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    """A dict for each setting tried on a call, see :func:`lowkernels.tuning.facts`."""
-    from ...tuning import facts
-
-    return facts(NAME, operator, args, seconds)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ...settings import Setting
+from ...choosing.settings import Setting
 from .pack import GROUP, STEP, rounded_up
 from .tiling import CANDIDATES, Device, Tile
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import settings
+from ...choosing import settings
 from . import build, chains, tiling
 from .pack import STEP, rounded_up, vector
 from .tiling import Device, Tile

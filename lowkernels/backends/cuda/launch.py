@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import settings
+from ...choosing import settings
 from . import build, tiling
 
 load = build.load

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...settings import Setting
+from ...choosing.settings import Setting
 from .pack import CHUNK, GROUP, rounded_up
 
 # Elements between pixels of a window and between rows of a tile, as csrc/cuda/window.cuh has them.

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -68,10 +66,3 @@ def describe() -> str:
     if INTERPRETING:
         return f"{name}, interpreting kernels on the CPU (TRITON_INTERPRET is set): for tests"
     return f"{name}; {_unavailable_cuda() or 'GPU kernels'}"
-
-
-def tune(operator: str, args: tuple[Any, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    """A dict for each setting tried on a call, see :func:`lowkernels.tuning.facts`."""
-    from ...tuning import facts
-
-    return facts(NAME, operator, args, seconds)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import settings
+from ...choosing import settings
 from ...ops import OPERATORS
 from ...testing import Call
 from . import configs
@@ -241,7 +241,7 @@ def source_hash() -> str:
     """Changes with the kernels, how they are launched, and their tables."""
     package = Path(__file__).parents[2]
     shared = package / "backends" / "triton"
-    files = [*shared.glob("*.py"), *shared.glob("tables/*.json"), *package.glob("ops/*/triton.py")]
+    files = [*shared.glob("[!_]*.py"), *shared.glob("tables/*.json"), *package.glob("ops/*/triton.py")]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

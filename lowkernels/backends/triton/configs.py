@@ -8,7 +8,7 @@ A row serves a call if the compute capability lies in one of the ranges ``arch``
 in tf32) and every feature named in ``when`` lies in its range (bounds included, null for none). The first such row counts. Features
 are what the operator describes a call by, in coarse terms: the batch size is only ever seen as the number of tiles it makes. No
 tuning happens at run time. ``"alternatives"``, optional in a row, lists what ``lowkernels tune`` tries besides: for each, the
-fields of ``config`` that it changes. What it finds reaches :func:`choose` as the call's :mod:`~lowkernels.settings`.
+fields of ``config`` that it changes. What it finds reaches :func:`choose` as the call's :mod:`~lowkernels.choosing.settings`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ... import settings
+from ...choosing import settings
 
 TABLES = Path(__file__).parent / "tables"
 

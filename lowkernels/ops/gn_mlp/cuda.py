@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import settings
 from ...backends.cuda import chains, hopper, launch, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import ACTIVATION_NUMBERS, GROUP
+from ...choosing import settings
 
 
 def unsupported_weights(

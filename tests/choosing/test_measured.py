@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from lowkernels import measured
 from lowkernels._version import __version__
-from lowkernels.measured import Described, Machine, Row, TableError
+from lowkernels.choosing import measured
+from lowkernels.choosing.measured import Described, Machine, Row, TableError
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import random_call
 

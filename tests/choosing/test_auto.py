@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowkernels
-from lowkernels import backends, choice, dispatch, estimates, measured, settings
-from lowkernels.measured import Machine, Row
+from lowkernels import backends, dispatch
+from lowkernels.choosing import auto, estimates, measured, settings
+from lowkernels.choosing.measured import Machine, Row
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import Call, random_call
 from tests.ops.probe import NAME, Probe, install
@@ -206,7 +207,7 @@ def test_settings_reach_the_kernel(probe: Probe, monkeypatch: pytest.MonkeyPatch
 
 def test_weights_at_hand_are_only_compared_with_eager() -> None:
     know({"cuda": 1.0, "triton": 3.0, "eager": 2.0})
-    rank = choice.rank
+    rank = auto.rank
     assert rank("gn_mlp", NAMES, CALL.args).order == ("cuda", "eager", "triton")
     assert rank("gn_mlp", NAMES, CALL.args, "triton").order == ("eager", "triton", "cuda")
     assert rank("gn_mlp", NAMES, CALL.args, "cuda").order == ("cuda", "eager", "triton")
@@ -216,7 +217,7 @@ def test_weights_at_hand_are_only_compared_with_eager() -> None:
 
 def test_what_has_to_be_asked_for_by_name_is_not_chosen() -> None:
     know({"triton": 1.0, "eager": 3.0, "cpu": 2.0})
-    assert choice.rank("gn_mlp", ("cpu", "eager", "triton"), CALL.args).order == ("cpu", "eager", "triton")
+    assert auto.rank("gn_mlp", ("cpu", "eager", "triton"), CALL.args).order == ("cpu", "eager", "triton")
 
 
 def gpu_call(operator: str, **options: Any) -> Call:
@@ -235,7 +236,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_estimates_decide_where_nothing_is_measured(hopper: None) -> None:
     call = gpu_call("gn_mlp", batch=256, channels=128, height=14, width=14, dtype=torch.float16)
-    found = choice.rank("gn_mlp", NAMES, call.args)
+    found = auto.rank("gn_mlp", NAMES, call.args)
     assert found.basis == "estimate"
     assert found.order == NAMES
     assert found.why("cuda", True).startswith("estimated: ")
@@ -247,9 +248,9 @@ def test_an_estimate_may_prefer_eager(hopper: None, monkeypatch: pytest.MonkeyPa
     call = gpu_call("gn_mlp", dtype=torch.float16)
     times = {"cuda": 1.4, "triton": 1.6, "eager": 1.0}
     monkeypatch.setattr(estimates, "seconds", lambda backend, *_: times[backend])
-    assert choice.rank("gn_mlp", NAMES, call.args).order == ("cuda", "eager", "triton")
+    assert auto.rank("gn_mlp", NAMES, call.args).order == ("cuda", "eager", "triton")
     times["cuda"] = 1.6
-    assert choice.rank("gn_mlp", NAMES, call.args).order == ("eager", "cuda", "triton")
+    assert auto.rank("gn_mlp", NAMES, call.args).order == ("eager", "cuda", "triton")
 
 
 def test_dense_float32_without_tensor_cores_is_left_to_the_vendor(hopper: None) -> None:
@@ -260,7 +261,7 @@ def test_dense_float32_without_tensor_cores_is_left_to_the_vendor(hopper: None) 
         orders = {}
         for precision in ("ieee", "tf32"):
             torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-            orders[precision] = choice.rank("fused_mbconv", ("triton", "eager"), gpu_call("fused_mbconv", **dense).args).order
+            orders[precision] = auto.rank("fused_mbconv", ("triton", "eager"), gpu_call("fused_mbconv", **dense).args).order
     finally:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
     assert orders == {"ieee": ("eager", "triton"), "tf32": ("triton", "eager")}
@@ -281,18 +282,18 @@ def test_every_operator_has_an_estimate(operator: str, arch: int) -> None:
 def test_without_an_estimate_the_order_decides(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     monkeypatch.setattr(estimates, "compute_capability", lambda device: 130)
     call = gpu_call("gn_mlp", dtype=torch.float16)
-    found = choice.rank("gn_mlp", NAMES, call.args)
+    found = auto.rank("gn_mlp", NAMES, call.args)
     assert (found.order, found.basis) == (NAMES, "order")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_tensors_where_there_is_no_gpu_are_not_estimated() -> None:
     call = gpu_call("gn_mlp", dtype=torch.float16)
-    assert choice.rank("gn_mlp", NAMES, call.args) == choice.Ranking(NAMES)
+    assert auto.rank("gn_mlp", NAMES, call.args) == auto.Ranking(NAMES)
 
 
 def test_cpu_calls_are_not_estimated() -> None:
-    assert choice.rank("gn_mlp", ("cpu", "eager"), CALL.args).basis == "order"
+    assert auto.rank("gn_mlp", ("cpu", "eager"), CALL.args).basis == "order"
 
 
 def test_nothing_is_timed_or_read_once_a_call_is_planned(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +303,7 @@ def test_nothing_is_timed_or_read_once_a_call_is_planned(probe: Probe, monkeypat
     def never(*args: object, **kwargs: object) -> Any:
         raise AssertionError("a planned call asks nobody")
 
-    for module, name in ((choice, "rank"), (measured, "find"), (measured, "describe"), (estimates, "seconds")):
+    for module, name in ((auto, "rank"), (measured, "find"), (measured, "describe"), (estimates, "seconds")):
         monkeypatch.setattr(module, name, never)
     op.overload(*CALL.args, None, None, None)
 

@@ -1,7 +1,7 @@
 """How ``auto`` chooses between the backends that may serve a call.
 
 In this order, by the first of these that knows the call: the user's measured table, a measured table that ships with the package
-(:mod:`~lowkernels.measured`), an estimate (GPUs only, :mod:`~lowkernels.estimates`), the fixed order of
+(:mod:`~lowkernels.choosing.measured`), an estimate (GPUs only, :mod:`~lowkernels.choosing.estimates`), the fixed order of
 :data:`lowkernels.backends.PRIORITY`. Nothing is ever timed here. The outcome is cached by the operators for each combination of
 shapes, dtypes, device and configuration.
 """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lowkernels import measured
 from lowkernels.backends.cpu import build
+from lowkernels.choosing import measured
 
 
 @pytest.fixture(autouse=True)

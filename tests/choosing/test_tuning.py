@@ -17,8 +17,9 @@ import lowformer
 import lowkernels
 from benchmarks import gpu
 from benchmarks.subjects import Layer
-from lowkernels import backends, choice, cli, dispatch, measured, settings, tuning
-from lowkernels.measured import Described, Machine
+from lowkernels import cli, dispatch
+from lowkernels.choosing import auto, measured, settings, tuning
+from lowkernels.choosing.measured import Described, Machine
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import random_call
 from tests.ops.probe import NAME, Probe, install
@@ -184,7 +185,6 @@ def test_arguments_outside_what_is_allowed(arguments: list[str], capsys: pytest.
 def test_a_benchmark_run_becomes_a_table_that_ships(
     probe: Probe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(probe, "tune", lambda *args: tuning.facts(NAME, *args), raising=False)
     layer = Layer("gn_mlp", 8, 8, 5, 5, hidden=16, act="gelu", residual=True)
     facts = list(gpu.sweep([layer], (2,), torch.float32, "cpu", lambda: 0.01))
     assert [(f["backend"], f["config"], "ms" in f) for f in facts] == [
@@ -203,17 +203,15 @@ def test_a_benchmark_run_becomes_a_table_that_ships(
     found = lowkernels.explain("gn_mlp", *layer.call(2, torch.float32, "cpu"))
     assert (found.backend, found.basis) == (NAME, "shipped")
     assert " 1 ms against 2 ms for eager" in found.reason
-    assert choice.setting("gn_mlp", NAME, layer.call(2, torch.float32, "cpu")) == {"tile": 1}
+    assert auto.setting("gn_mlp", NAME, layer.call(2, torch.float32, "cpu")) == {"tile": 1}
     path.write_text(json.dumps({"kind": "run"}) + "\n")
     assert cli.main(["tune", "--from", str(path)]) == 1
 
 
-def test_gpu_backends_and_eager_offer_a_sweep() -> None:
-    for name in ("cuda", "triton", "eager"):
-        assert callable(backends.load(name).tune)
-    (fact,) = backends.load("eager").tune(*random_call("gn_mlp"), 0.01)
+def test_facts_of_one_backend() -> None:
+    (fact,) = tuning.facts("eager", *random_call("gn_mlp"), 0.01)
     assert fact["ms"] > 0
-    refused = list(backends.load("cuda").tune(*random_call("gn_mlp"), 0.01))
+    refused = list(tuning.facts("cuda", *random_call("gn_mlp"), 0.01))
     assert [f for f in refused if "ms" in f] == []
 
 
@@ -223,7 +221,7 @@ def test_nothing_is_tuned_at_run_time(tmp_path: Path) -> None:
         "model = lowformer.create_model('lowformer_b0').eval()\n"
         "with torch.no_grad(): model(torch.zeros(1, 3, 32, 32))\n"
         "print(lowkernels.report(model))\n"
-        "assert 'lowkernels.tuning' not in sys.modules\n"
+        "assert 'lowkernels.choosing.tuning' not in sys.modules\n"
     )
     environment = {**os.environ, "LOWKERNELS_JIT": "0", "LOWKERNELS_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -233,7 +231,7 @@ def test_nothing_is_tuned_at_run_time(tmp_path: Path) -> None:
 
 INTERPRETED = """
 import torch
-from lowkernels import settings, tuning
+from lowkernels.choosing import settings, tuning
 from lowkernels.testing import random_call
 
 # Its row has alternatives: each runs, is right, and is something else than the row.
@@ -286,7 +284,7 @@ def test_measuring_on_a_gpu(operator: str) -> None:
     chosen = lowkernels.explain(*call[:1], *call.args)
     assert chosen.basis == "measured"
     # The least of the times, unless the fixed order has it that what is within noise of it comes first.
-    assert row.us[chosen.backend] <= choice.NOISE * min(row.us.values())
+    assert row.us[chosen.backend] <= auto.NOISE * min(row.us.values())
 
 
 def test_every_operator_of_the_gpu_backends_says_what_to_try() -> None:

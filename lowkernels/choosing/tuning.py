@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import backends, costs, dispatch, measured, settings
-from .errors import BackendError, InputError
+from .. import backends, costs, dispatch
+from ..errors import BackendError, InputError
+from ..ops import OPERATORS
+from ..testing.budget import assert_within_budget, to_float64
+from . import measured, settings
 from .measured import Described, Machine, Row
-from .ops import OPERATORS
 from .settings import Setting
-from .testing.budget import assert_within_budget, to_float64
 
 # A call's contenders are measured for this long unless told otherwise.
 CALL_S = 3.0
@@ -220,7 +221,7 @@ def row_of(described: Described, found: Iterable[Contender], when: str) -> Row |
 
 
 def facts(backend: str, operator: str, args: tuple[Any, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    """What a backend's ``tune(operator, args, seconds)`` yields: a dict for every setting tried.
+    """Measure one backend on one call, with every setting worth trying, for about ``seconds``.
 
     Yields:
         ``config`` (the setting; empty for the kernel's own choice), ``ms`` or the ``reason`` there is none, and what
@@ -347,7 +348,7 @@ def calls_of(
             with torch.device("meta"):
                 network = lowformer.create_model(model).eval().to(dtype)
         except ValueError as error:
-            raise InputError(f"lowkernels.tuning: {error}") from error
+            raise InputError(f"lowkernels.choosing.tuning: {error}") from error
         with FakeTensorMode(allow_non_fake_inputs=True):
             network.to_empty(device="cpu")
         for batch, size in itertools.product(batches, sizes):
@@ -357,5 +358,5 @@ def calls_of(
                     cost[described] = cost.get(described, 0.0) + block.cost.fused.flops / batch
                     calls[described] = block.operator, block.args
     if not calls:
-        raise InputError(f"lowkernels.tuning: none of {', '.join(models)} calls {' or '.join(operators) or 'an operator'}")
+        raise InputError(f"lowkernels.choosing.tuning: none of {', '.join(models)} calls {' or '.join(operators) or 'an operator'}")
     return [calls[described] for described in sorted(calls, key=lambda key: -cost[key])]

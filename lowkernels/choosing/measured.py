@@ -35,10 +35,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._version import __version__
+from .._version import __version__
 
 FORMAT = 1
-SHIPPED = Path(__file__).parent / "data" / "measured"
+SHIPPED = Path(__file__).parents[1] / "data" / "measured"
 VARIABLE = "LOWKERNELS_TABLES"
 IMAGES = 4.0
 AREA = 2.0
@@ -145,10 +145,10 @@ def describe(operator: str, call: Sequence[Any]) -> Described | None:
         operator: its name.
         call: its arguments without the dispatch ones, all of them. Tensors are asked for shape, dtype and device only.
     """
-    from .ops import OPERATORS
+    from ..ops import OPERATORS
 
     x: Tensor = call[0]
-    inputs = importlib.import_module(f"{__package__}.ops.{operator}.contract").INPUTS
+    inputs = importlib.import_module(f"..ops.{operator}.contract", __package__).INPUTS
     words = []
     for name, value in zip(OPERATORS[operator].argument_names[1:], call[1:], strict=True):
         if name in inputs:
@@ -251,7 +251,7 @@ def add(path: Path, of: Machine, rows: Iterable[Row]) -> list[Row]:
 
 def user_path(of: Machine) -> Path:
     """Where the user's own table of a machine is."""
-    from .backends.cpu.build import cache_folder
+    from ..backends.cpu.build import cache_folder
 
     return cache_folder() / "tuned" / f"{of.slug}-{__version__}.json"
 

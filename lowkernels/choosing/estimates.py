@@ -1,7 +1,7 @@
 """What calls on a GPU are expected to take where nothing was measured: a roofline, and how far from it kernels of a kind stay.
 
 These are estimates. They count arithmetic, traffic and launches (``cost.py`` of each operator) and know nothing of a kernel's
-tiles, so they are only good for telling backends apart that differ a lot; :mod:`lowkernels.choice` asks no more of them.
+tiles, so they are only good for telling backends apart that differ a lot; :mod:`lowkernels.choosing.auto` asks no more of them.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def seconds(backend: str, operator: str, call: Sequence[Any], arch: int, dtype: 
         operator: its name.
         call: its arguments without the dispatch ones, all of them; only shapes are read.
         arch: compute capability, 90 for 9.0.
-        dtype: as :func:`lowkernels.measured.arithmetic` gives it.
+        dtype: as :func:`lowkernels.choosing.measured.arithmetic` gives it.
     """
     ceiling = CEILINGS.get(arch) or CEILINGS.get(arch // 10 * 10)
     if ceiling is None or dtype == "float64":
         return None
     flops = {"tf32": ceiling.tf32, "float32": ceiling.single}.get(dtype, ceiling.half)
-    cost = importlib.import_module(f"{__package__}.ops.{operator}.cost").cost(*call)
+    cost = importlib.import_module(f"..ops.{operator}.cost", __package__).cost(*call)
     if backend != "eager":
         part = TRITON_SINGLE if (backend, dtype) == ("triton", "float32") else FUSED[operator]
         return max(cost.fused.flops / (flops * part), cost.fused.bytes / (ceiling.bandwidth * STREAMING)) + LAUNCH_S
