@@ -16,6 +16,7 @@
 // (upsample_kernel). Their shared memory: 128 (c + 8) + 64; 768 (d + 8) for heads of d channels; 2 (67 + 2 grid_w) (i + 8) bytes.
 #include "api.h"
 #include "fragments.cuh"
+#include "statistics.cuh"
 
 namespace lowkernels {
 namespace {
@@ -24,38 +25,15 @@ constexpr int kRows = 64, kTiles = kRows / 16;  // tokens at a time
 
 LK_DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
-// The sum over the block of `value`, the same to the last bit on every run. Needs kWarps floats that nobody else uses.
-LK_DEVICE float block_sum(float value, float* scratch) {
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
-    if (lane_index() == 0) scratch[warp_index()] = value;
-    block_sync();
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) sum += scratch[w];
-    return sum;
-}
-
 struct Statistics {
     float mean, rstd;
 };
 
-// In two passes: the second one over differences from the mean, which does not cancel.
+// Needs 2 kWarps floats.
 template <typename T>
 LK_DEVICE Statistics statistics(const T* x, int64_t count, float eps, float* scratch) {
-    float sum = 0.0f, squares = 0.0f;
-    for (int64_t i = thread_index() * 4; i < count; i += kThreads * 4) {
-        const Float4 v = load4(x + i);
-        sum += (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]);
-    }
-    const float mean = block_sum(sum, scratch) / static_cast<float>(count);
-    for (int64_t i = thread_index() * 4; i < count; i += kThreads * 4) {
-        const Float4 v = load4(x + i);
-#pragma unroll
-        for (int c = 0; c < 4; c++) squares += (v.v[c] - mean) * (v.v[c] - mean);
-    }
-    const float variance = block_sum(squares, scratch + kWarps) / static_cast<float>(count);
-    return {mean, reciprocal_root(variance + eps)};
+    const Moments m = moments(count / 4, scratch, [=](int64_t i) { return load4(x + 4 * i); });
+    return {m.mean, reciprocal_root(m.squares / static_cast<float>(count) + eps)};
 }
 
 // D [kRows][row_length(depth)]: the tokens from `first`, zeros beyond the last one. Padding is zeros of the normalised input.

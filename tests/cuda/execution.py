@@ -23,10 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from lowkernels.backends.cuda import build
+from lowkernels.testing import error_budget, measure_error
 
 SHIM = Path(__file__).parent / "shim"
 SOURCES = build.sources()
@@ -157,6 +160,13 @@ def kernels(changes: dict[str, Callable[[str], str]] | None = None, names: Seque
     kept["names"] = repr(tuple(names)).encode()
     kept["shim.h"] = (SHIM / "shim.h").read_bytes()
     return _library("kernels", kept, compile_)
+
+
+def sums_are_right(found: NDArray[np.float32], expected: torch.Tensor, terms: int) -> bool:
+    """Whether sums of ``terms`` products, which are exact in fp32, are within the error budget's bound for the largest element."""
+    result = torch.from_numpy(np.ascontiguousarray(found))
+    nothing = measure_error(expected, expected)
+    return measure_error(result, expected).maximum <= error_budget(nothing, expected, torch.float32, terms).maximum
 
 
 def alone(name: str, change: tuple[str, str] | None = None) -> Path:

@@ -153,12 +153,12 @@ BREAKAGES = [
     Breakage("separable_conv", "separable_conv.cu", "windows + chunk % 2 * window_size;", "windows;", "pending"),
     Breakage(
         "lowtention",
-        "lowtention.cu",
+        "statistics.cuh",
         "    block_sync();\n    float sum",
         "    if (lane_index() < 16) block_sync();\n    float sum",
         "deadlock",
     ),
-    Breakage("lowtention", "lowtention.cu", "scratch + kWarps)", "scratch)", "race"),
+    Breakage("lowtention", "statistics.cuh", "(squares, scratch + WARPS)", "(squares, scratch)", "race"),
     Breakage("lowtention", "lowtention.cu", "stages + first / kRows % 2 * 2", "stages + first / kRows % 2", "pending", large=True),
     Breakage(
         "lowtention",

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from lowkernels import BackendError, backends
-from lowkernels.backends.cpu.build import CACHE_VARIABLE, JIT_VARIABLE, BuildError
 from lowkernels.backends.cuda import build, chains, library
+from lowkernels.backends.native import CACHE_VARIABLE, JIT_VARIABLE, BuildError
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import random_call
 from tests.cuda import cases, execution
