@@ -1,5 +1,7 @@
 """The backends, one file each, or one folder where its operators share more: building, packing, configurations.
 
+``native`` is no backend: it has what those made of C++ share.
+
 A backend module defines
 
 - ``NAME``: what users pass as ``backend=``;

@@ -1,7 +1,7 @@
 """Measured tables: how long each backend took for a call on a machine, and the settings it was fastest with.
 
 ``lowkernels tune`` writes one for the machine at hand into the cache folder (``LOWKERNELS_CACHE_DIR``, see
-:func:`lowkernels.backends.cpu.build.cache_folder`), as ``tuned/<device>-<version>.json``; those in ``lowkernels/data/measured``
+:func:`lowkernels.backends.native.cache_folder`), as ``tuned/<device>-<version>.json``; those in ``lowkernels/data/measured``
 ship with the package. A table is::
 
     {"format": 1, "lowkernels": "0.1.0", "device": "NVIDIA H200", "arch": "sm_90", "rows": [
@@ -251,7 +251,7 @@ def add(path: Path, of: Machine, rows: Iterable[Row]) -> list[Row]:
 
 def user_path(of: Machine) -> Path:
     """Where the user's own table of a machine is."""
-    from ..backends.cpu.build import cache_folder
+    from ..backends.native import cache_folder
 
     return cache_folder() / "tuned" / f"{of.slug}-{__version__}.json"
 

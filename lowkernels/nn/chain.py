@@ -31,8 +31,10 @@ class _Row:
     times as long, once kernels have filled the caches in between.
     """
 
-    def __init__(self, backend: ModuleType, calls: list[Prepared], inputs: list[Tensor], blocks: list[FusedBlock]) -> None:
-        self.run: Callable[[Tensor], Tensor] | None = backend.chain(calls, inputs)
+    def __init__(
+        self, backend: ModuleType, run: Callable[[Tensor], Tensor], calls: list[Prepared], blocks: list[FusedBlock]
+    ) -> None:
+        self.run = run
         served = [call.served for call in calls]
         self._blocks = blocks
         self._served = [(block.__dict__, call) for block, call in zip(blocks, served, strict=True)]
@@ -61,7 +63,6 @@ class _Row:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        assert self.run is not None
         out = self.run(x)
         for attributes, served in self._served:
             attributes["_last_call"] = served
@@ -137,10 +138,11 @@ class Chain(nn.Sequential):
         serving = {call.served[0].backend for call in calls}
         if len(calls) == len(blocks) and len(serving) == 1:
             backend = backends.load(serving.pop())
-            row = _Row(backend, calls, inputs, blocks) if hasattr(backend, "chain") else None
+            run = backend.chain(calls, inputs) if hasattr(backend, "chain") else None
+            row = run and _Row(backend, run, calls, blocks)
         if len(self._rows) >= PREPARED_KEPT:
             self._rows.clear()
-        self._rows[key] = row if row is not None and row.run is not None else None
+        self._rows[key] = row
         return x
 
     def _forget(self) -> None:
@@ -160,7 +162,11 @@ class Chain(nn.Sequential):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_original"][0], name)
+            # Not there yet while it is being copied.
+            original = self.__dict__.get("_original", (None,))[0]
+            if original is None:
+                raise
+            return getattr(original, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": {}, "_structure": [], "_hooks": []}

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..choosing.auto import REQUESTED
 from ..dispatch import Choice
 from ..errors import InputError
 from ..ops.activations import activate
-from .block import FusedBlock, has_hooks
+from .block import PREPARED_KEPT, FusedBlock, has_hooks
 
 # Rows up to which the operator is the faster one, by backend; where there is none it never is. On a CPU reading the weights is all
 # there is to a row or two, and packed ones are read in one stream; with more rows PyTorch's matrix products are better. On a GPU up
@@ -23,9 +24,9 @@ FASTER_UP_TO = {"cpu": 2, "cuda": 16}
 class Linear(FusedBlock, nn.Linear):
     """A fully connected layer with activation, in eval mode as one operator for the few rows of a small batch.
 
-    (N, C_in) -> (N, C_out). Everything else (many rows, inputs of more dimensions, backends that are slower at it, gradients, train
-    mode, compiled graphs) runs the original's own code. To those who look it is an nn.Linear: weight, bias, in_features and
-    out_features are the original's.
+    (N, C_in) -> (N, C_out). A backend asked for by name serves any number of rows. Everything else (many rows, inputs of more
+    dimensions, backends that are slower at it, gradients, train mode, compiled graphs) runs the original's own code. To those who
+    look it is an nn.Linear: weight, bias, in_features and out_features are the original's.
 
     Args:
         original: an nn.Linear, or a subclass that computes the same; this shares its parameters and stands in its place.
@@ -86,6 +87,8 @@ class Linear(FusedBlock, nn.Linear):
         autocast = torch.is_autocast_enabled(x.device.type)
         key = x.shape, x.dtype, x.device, autocast, dispatch.requested(self.backend_argument())
         if key not in self._decisions:
+            if len(self._decisions) >= PREPARED_KEPT:
+                self._decisions.clear()
             self._decisions[key] = self._decide(x)
         return self._decisions[key]
 
@@ -95,7 +98,7 @@ class Linear(FusedBlock, nn.Linear):
         image = torch.empty(x.shape[0], self.in_features, 1, 1, dtype=weights[0].dtype, device=x.device)
         choice = self.operator.explain(*self._arguments(image, weights), backend=self.backend_argument())
         most = FASTER_UP_TO.get(choice.backend, 0)
-        if x.shape[0] <= most:
+        if x.shape[0] <= most or (choice.basis == REQUESTED and choice.backend != "eager"):
             return None
         if choice.backend == "eager":
             return choice

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lowkernels.backends import native
 from lowkernels.backends.cpu import build
 from lowkernels.choosing import measured
 
@@ -16,7 +17,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     # Built kernels stay where they are.
     library = build.built()
     monkeypatch.setattr(build, "built", lambda: library)
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(measured.VARIABLE)
     monkeypatch.setattr(measured, "SHIPPED", tmp_path / "shipped")
     measured.forget()

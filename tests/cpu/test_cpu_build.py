@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowkernels.backends.cpu import build
+from lowkernels.backends.native import CACHE_VARIABLE
 
 CODE = """
 import sys, torch, lowkernels
@@ -26,7 +27,7 @@ print(lowkernels.backends.load("cpu").describe())
 
 
 def run(tmp_path: Path, code: str = CODE, **environment: str) -> str:
-    variables = {**os.environ, build.CACHE_VARIABLE: str(tmp_path / "cache"), **environment}
+    variables = {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache"), **environment}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -88,7 +89,7 @@ def test_library_is_found_again_and_named_after_its_sources(native: None) -> Non
 
 def test_two_processes_build_once(tmp_path: Path, native: None) -> None:
     compiler = fake_compiler(tmp_path, "sleep 1; touch $out", f"cp {build.built()} $out")
-    variables = {**os.environ, build.CACHE_VARIABLE: str(tmp_path / "cache"), "CXX": compiler}
+    variables = {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache"), "CXX": compiler}
     children = [
         subprocess.Popen([sys.executable, "-c", CODE], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -201,3 +201,11 @@ def test_what_is_no_plain_linear() -> None:
     hooked.register_forward_hook(lambda *args: None)
     with pytest.raises(InputError, match="has hooks"):
         Linear(hooked)
+
+
+def test_a_backend_asked_for_by_name_serves_any_number_of_rows() -> None:
+    layer = Linear(original(), backend="eager")
+    asked = lowkernels.dispatch.Choice("conv_act", "cpu", "asked for by the backend argument", basis="request")
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.operator, "explain", lambda *args, **kwargs: asked)
+        assert runs_operator(layer, rows(5))

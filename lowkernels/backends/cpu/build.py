@@ -6,8 +6,7 @@ happens the first time an operator asks for them (about half a minute on two cor
 puts the library into a folder, and this one (``lowkernels/backends/cpu``) is looked into before the cache. Every instruction set
 of the machine's architecture is compiled; the best one is chosen when the library is loaded.
 
-Environment variables: ``LOWKERNELS_CACHE_DIR``, the directory of the cache (default: ``$XDG_CACHE_HOME/lowkernels`` or
-``~/.cache/lowkernels``); ``LOWKERNELS_JIT=0``, never compile, only use what is built; ``CXX``, the compiler (default: ``g++``);
+Environment variables: those of :mod:`lowkernels.backends.native`; ``CXX``, the compiler (default: ``g++``);
 ``LOWKERNELS_CPU_ISA``, one of :data:`INSTRUCTION_SETS` instead of the best one.
 """
 
@@ -16,23 +15,21 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-CACHE_VARIABLE = "LOWKERNELS_CACHE_DIR"
-JIT_VARIABLE = "LOWKERNELS_JIT"
+from .. import native
+from ..native import JIT_VARIABLE, BuildError, Loading, cache_folder
+
 ISA_VARIABLE = "LOWKERNELS_CPU_ISA"
 
 # Flags of each architecture's instruction sets, best last. g++ tunes skylake-avx512 for 256-bit vectors unless told otherwise.
@@ -50,37 +47,17 @@ KERNEL_FLAGS = (*_COMMON_FLAGS, "-O3", "-fno-math-errno", "-fno-trapping-math", 
 _TORCH_FLAGS = (*_COMMON_FLAGS, "-O2")
 _MINIMUM_GCC = 11
 
-_log = logging.getLogger("lowkernels")
-_lock = threading.Lock()
-# None: not tried yet; otherwise "" when loaded, or why it could not be.
-_outcome: str | None = None
-
-
-class BuildError(RuntimeError):
-    """The kernels could not be compiled."""
+_loading = Loading()
 
 
 def sources() -> Path:
-    """The folder of the C++ sources: in the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[2]
-    for folder in (package / "csrc" / "cpu", package.parent / "csrc" / "cpu"):
-        if (folder / "kernels.cpp").is_file():
-            return folder
-    raise BuildError(f"the C++ sources are neither in {package} nor beside it")
+    """The folder of the C++ sources."""
+    return native.sources("cpu")
 
 
 def compiler() -> str | None:
     """The compiler's path, or None. Nothing is run."""
     return shutil.which(os.environ.get("CXX") or "g++")
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lowkernels"
 
 
 def _abi() -> int:
@@ -113,13 +90,6 @@ def _openmp() -> list[str]:
     # torch's own OpenMP library by its path: a second one would bring a second pool of threads.
     own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return [str(own[0])] if own else ["-lgomp"]
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
-        raise BuildError(f"`{' '.join(command)}` failed:\n{tail}")
 
 
 def _check_compiler(path: str) -> None:
@@ -162,40 +132,22 @@ def compile_library(output: Path) -> None:
             objects.append(f"{temporary}/{index}.o")
             commands.append([path, "-c", *arguments, "-o", objects[-1]])
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(native.run, commands))
         library = f"{temporary}/library.so"
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *_openmp()]
-        _run([path, "-shared", *objects, "-o", library, *libraries])
+        native.run([path, "-shared", *objects, "-o", library, *libraries])
         os.replace(library, output)
 
 
 def _build_once() -> Path:
-    """The library in the cache, built by whichever process comes first; the others wait for it."""
-    import fcntl  # not on every platform; those without it have no kernels either
-
-    path = cache_folder() / library_name()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.is_file():
-            _log.warning(
-                "compiling the CPU kernels with %s into %s, once; about half a minute (%s=0 turns this off)",
-                compiler(),
-                path.parent,
-                JIT_VARIABLE,
-            )
-            start = time.monotonic()
-            compile_library(path)
-            _log.info("compiled the CPU kernels in %.0f s", time.monotonic() - start)
-    return path
+    what = f"CPU kernels with {compiler()}, about half a minute"
+    return native.build_once(cache_folder() / library_name(), built, compile_library, what)
 
 
 def unusable() -> str | None:
     """Why the kernels cannot be used, as far as that can be said without compiling or loading anything, or None."""
-    if _outcome:
-        return _outcome
-    if _outcome == "":
-        return None
+    if _loading.done:
+        return _loading.reason
     if sys.platform != "linux" or platform.machine() not in ISA_FLAGS:
         return f"the CPU kernels are for Linux on x86_64 and aarch64; this is {sys.platform} on {platform.machine()}"
     if platform.machine() != "aarch64" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
@@ -213,21 +165,16 @@ def unusable() -> str | None:
 
 def load() -> str | None:
     """Load the kernels, building them first if need be; why that failed, or None. The outcome is kept for the process."""
-    global _outcome
-    if _outcome is None:
-        with _lock:
-            if _outcome is None:
-                _outcome = unusable() or _load()
-    return _outcome or None
+    return _loading.once(lambda: unusable() or _load())
 
 
-def _load() -> str:
+def _load() -> str | None:
     try:
         torch.ops.load_library(str(built() or _build_once()))
         torch.ops.lowkernels_cpu.layout(False)
     except (BuildError, OSError, RuntimeError) as error:
         return f"the CPU kernels could not be built or loaded: {error}"
-    return ""
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

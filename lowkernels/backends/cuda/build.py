@@ -1,13 +1,13 @@
 """Building and loading the CUDA kernels of ``csrc/cuda``.
 
-They are compiled by the user's nvcc and g++ into the cache directory of the CPU kernels, once for each version of the sources, the
+They are compiled by the user's nvcc and g++ into a cache directory, once for each version of the sources, the
 first time an operator asks for them on a machine with a GPU; never at import. ``lowkernels build --cuda`` does it ahead of time and
 needs no GPU. ``python -m lowkernels.backends.cuda.build --output FOLDER`` puts the library into a folder; the one that this file is
 in is looked into before the cache. The library uses PyTorch's stable ABI: one file serves PyTorch 2.10 and every later one.
 
 Environment variables: ``TORCH_CUDA_ARCH_LIST``, compute capabilities to compile for, such as ``"8.0;9.0a+PTX"`` (default: those of
 the GPUs here for a build on first use, :data:`ARCHITECTURES` and PTX for later ones ahead of time); ``CUDA_HOME``, where nvcc is if
-it is not on PATH; ``CXX``, nvcc's host compiler (default: ``g++``); and ``LOWKERNELS_CACHE_DIR`` and ``LOWKERNELS_JIT`` as there.
+it is not on PATH; ``CXX``, nvcc's host compiler (default: ``g++``); and those of :mod:`lowkernels.backends.native`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from ..cpu.build import JIT_VARIABLE, BuildError, cache_folder
+from .. import native
+from ..native import JIT_VARIABLE, BuildError, Loading, cache_folder
 
 ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
 ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
@@ -43,24 +41,20 @@ _VERSION = b"lowkernels-cuda-version:"
 _COMPILED_FOR = b"lowkernels-cuda-architectures:"
 
 _KERNELS = ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "fused_mbconv_sm90", "gn_mlp", "gn_mlp_sm90", "lowtention")
+# The Python files that lay out what the library is called with.
+_ARGUMENTS = ("library.py", "pack.py", "tiling.py", "chains.py", "hopper.py")
 # -Xptxas=-v: what each kernel takes of registers and memory, for the logger.
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 # TORCH_TARGET_VERSION 2.10: nothing newer than that release's ABI is used.
 _HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
 _log = logging.getLogger("lowkernels")
-_lock = threading.Lock()
-# None: not tried yet; otherwise "" when loaded, or why it could not be.
-_outcome: str | None = None
+_loading = Loading()
 
 
 def sources() -> Path:
-    """The folder of the CUDA sources: in the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[2]
-    for folder in (package / "csrc" / "cuda", package.parent / "csrc" / "cuda"):
-        if (folder / "bind.cpp").is_file():
-            return folder
-    raise BuildError(f"the CUDA sources are neither in {package} nor beside it")
+    """The folder of the CUDA sources."""
+    return native.sources("cuda")
 
 
 @functools.cache
@@ -68,7 +62,7 @@ def version() -> str:
     """What a library must have been built from: a digest of the sources, and of the Python files that lay out its arguments."""
     digest = hashlib.sha256()
     python = Path(__file__).parent
-    for path in (*sorted(sources().iterdir()), python / "library.py", python / "pack.py"):
+    for path in (*sorted(sources().iterdir()), *(python / name for name in _ARGUMENTS)):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".py"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
@@ -184,19 +178,11 @@ def built() -> Path | None:
     return path if path.is_file() and library_version(path) == version() else None
 
 
-def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
-        raise BuildError(f"`{' '.join(command)}` failed:\n{tail}")
-    return done.stdout + done.stderr
-
-
 def _checked_compiler() -> str:
     path = compiler()
     if path is None:
         raise BuildError("no CUDA compiler: nvcc is neither in $CUDA_HOME/bin nor on PATH")
-    found = re.search(r"release (\d+)\.(\d+)", _run([path, "--version"]))
+    found = re.search(r"release (\d+)\.(\d+)", native.run([path, "--version"]))
     if found is None:
         raise BuildError(f"{path} --version names no release")
     release = int(found[1]), int(found[2])
@@ -240,42 +226,24 @@ def compile_library(output: Path, listed: str | None = None) -> None:
         include = f"-isystem{torch_folder / 'include'}"
         commands.append([host, *_HOST_FLAGS, *defines, include, "-c", str(folder / "bind.cpp"), "-o", str(objects[-1])])
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            for said in pool.map(_run, commands):
+            for said in pool.map(native.run, commands):
                 _log.debug("%s", said)
         library = f"{temporary}/library.so"
         # The CUDA runtime goes in whole: no version of libcudart is asked for, and without a driver the library still loads.
         libraries = [f"-L{torch_folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-Xlinker=--exclude-libs,ALL"]
-        _run([nvcc, "-ccbin", host, "-shared", "-cudart=static", *map(str, objects), "-o", library, *libraries])
+        native.run([nvcc, "-ccbin", host, "-shared", "-cudart=static", *map(str, objects), "-o", library, *libraries])
         os.replace(library, output)
 
 
 def _build_once() -> Path:
-    """The library in the cache, built by whichever process comes first; the others wait for it."""
-    import fcntl  # not on every platform; those without it have no kernels either
-
-    path = cache_folder() / library_name()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if built() is None:
-            _log.warning(
-                "compiling the CUDA kernels with %s into %s, once; about half a minute for each architecture (%s=0 turns this off)",
-                compiler(),
-                path.parent,
-                JIT_VARIABLE,
-            )
-            start = time.monotonic()
-            compile_library(path)
-            _log.info("compiled the CUDA kernels in %.0f s", time.monotonic() - start)
-    return path
+    what = f"CUDA kernels with {compiler()}, about half a minute for each architecture"
+    return native.build_once(cache_folder() / library_name(), built, compile_library, what)
 
 
 def unusable() -> str | None:
     """Why the kernels cannot be used, as far as that can be said without compiling or loading anything, or None."""
-    if _outcome:
-        return _outcome
-    if _outcome == "":
-        return None
+    if _loading.done:
+        return _loading.reason
     if sys.platform != "linux":
         return f"the CUDA kernels are for Linux; this is {sys.platform}"
     try:
@@ -293,20 +261,15 @@ def unusable() -> str | None:
 
 def load() -> str | None:
     """Load the kernels, building them first if need be; why that failed, or None. The outcome is kept for the process."""
-    global _outcome
-    if _outcome is None:
-        with _lock:
-            if _outcome is None:
-                _outcome = unusable() or _load()
-    return _outcome or None
+    return _loading.once(lambda: unusable() or _load())
 
 
-def _load() -> str:
+def _load() -> str | None:
     try:
         path = built() or _build_once()
     except (BuildError, OSError) as error:
         return f"the CUDA kernels could not be built: {error}"
-    return load_library(path) or ""
+    return load_library(path)
 
 
 def load_library(path: Path) -> str | None:
