@@ -5,8 +5,8 @@ The C++ and CUDA sources travel in the wheel, to be compiled on the user's machi
 
     LOWKERNELS_BUILD_CPU=1 pip install --no-build-isolation .
 
-which needs g++ (and nvcc) and an installed torch, hence no isolation. The CPU kernels then serve that release of torch only, the
-CUDA ones every later one too. ``TORCH_CUDA_ARCH_LIST`` chooses GPU architectures.
+which needs g++ (and nvcc), and torch and ninja installed, hence no isolation. The CPU kernels then serve that release of torch
+only, the CUDA ones every later one too. ``TORCH_CUDA_ARCH_LIST`` chooses GPU architectures.
 """
 
 import os
@@ -43,7 +43,12 @@ class BuildPy(build_py):
         folder = Path(self.build_lib).resolve() / "lowkernels" / "backends" / backend
         command = [sys.executable, "-m", f"lowkernels.backends.{backend}.build"]
         if not self.editable_mode:
-            command += ["--output", str(folder)]
+            # Libraries of an earlier build would travel too.
+            for stale in folder.glob("*.so"):
+                stale.unlink()
+            # Object files stay in the source tree, outside of the wheel: the next build compiles what has changed.
+            objects = Path(self.get_finalized_command("build").build_temp).resolve()
+            command += ["--output", str(folder), "--objects", str(objects)]
         # The package itself, not an installed one, knows how; it is run from the source tree.
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."})
         if done.returncode:

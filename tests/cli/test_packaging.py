@@ -69,8 +69,8 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert sorted(line.split(">=")[0] for line in required) == ["numpy", "torch", "triton"]
-    assert all("linux" in line for line in required if line.startswith("triton"))
+    assert sorted(line.split(">=")[0] for line in required) == ["ninja", "numpy", "torch", "triton"]
+    assert all("linux" in line for line in required if line.startswith(("ninja", "triton")))
 
 
 def test_commands(wheel: zipfile.ZipFile) -> None:
@@ -96,6 +96,7 @@ print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}))
         "PIL",
         "huggingface_hub",
         "matplotlib",
+        "ninja",
         "onnx",
         "rich",
         "safetensors",

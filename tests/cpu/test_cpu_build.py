@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,23 @@ def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
     said = run(tmp_path, CXX="no-such-compiler")
     assert said.startswith("gn_mlp: eager")
     assert "no-such-compiler is not on PATH" in said
+
+
+def test_no_ninja_is_a_reason(tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "ninja.py").write_text("raise ImportError\n")
+    (tools / "g++").symlink_to(shutil.which("true") or "true")
+    said = run(tmp_path, PATH=str(tools), PYTHONPATH=os.pathsep.join((str(tools), os.environ.get("PYTHONPATH", ""))))
+    assert said.startswith("gn_mlp: eager")
+    assert "there is no ninja: it is neither installed (pip install ninja) nor on PATH" in said
+
+
+def test_cache_that_cannot_be_written_to_is_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    said = run(tmp_path)
+    assert "gn_mlp: eager" in said
+    assert "could not be built: [Errno" in said
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo '#define __GNUC__ 9'", "printf '#define __clang__ 1\\n#define __GNUC__ 4\\n'"])
@@ -99,4 +118,19 @@ def test_two_processes_build_once(tmp_path: Path, native: None) -> None:
     assert all(out.startswith("gn_mlp: cpu") for out, _ in said)
     assert sum("compiling" in err for _, err in said) == 1
     files = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert files == sorted([build.library_name(), Path(build.library_name()).with_suffix(".lock").name])
+    assert files == sorted(["build", build.library_name(), Path(build.library_name()).with_suffix(".lock").name])
+
+
+def test_command_line_shows_its_steps_and_keeps_objects(tmp_path: Path, native: None) -> None:
+    compiler = fake_compiler(tmp_path, "touch $out", f"cp {build.built()} $out")
+    output, objects = tmp_path / "output", tmp_path / "objects"
+    command = [sys.executable, "-m", "lowkernels.backends.cpu.build", "--output", str(output), "--objects", str(objects)]
+    said = [
+        subprocess.run(command, env={**os.environ, "CXX": compiler}, capture_output=True, text=True, check=True, timeout=200)
+        for _ in range(2)
+    ]
+    assert all(done.stdout.strip() == str(output / build.library_name()) for done in said)
+    steps = len(build.ISA_FLAGS[platform.machine()]) + 2
+    assert f"step {steps} of {steps}: library.so\n" in said[0].stderr
+    assert "step" not in said[1].stderr, "there is nothing left to do"
+    assert [path.name for path in output.iterdir()] == [build.library_name()]

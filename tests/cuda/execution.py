@@ -194,8 +194,8 @@ def on_gpu(name: str) -> ctypes.CDLL:
         pytest.skip("nvcc is not installed")
     folder = Path(tempfile.mkdtemp())
     source = Path(__file__).parent / f"{name}.cu"
-    command = build.kernel_command(nvcc, source, folder / "out.o", build.architectures(build._listed()))
-    _run([*command, f"-I{SOURCES}", f"-I{SHIM}"])
+    command = build.kernel_command(nvcc, build.architectures(build._listed()))
+    _run([*command, f"-I{SOURCES}", f"-I{SHIM}", "-c", str(source), "-o", str(folder / "out.o")])
     _run([nvcc, "-shared", "-cudart=static", str(folder / "out.o"), "-o", str(folder / "out.so")])
     return ctypes.CDLL(str(folder / "out.so"))
 

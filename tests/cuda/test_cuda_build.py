@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from lowkernels import BackendError, backends
+from lowkernels.backends import native
 from lowkernels.backends.cuda import build, chains, library
-from lowkernels.backends.native import CACHE_VARIABLE, JIT_VARIABLE, BuildError
+from lowkernels.backends.native import CACHE_VARIABLE, JIT_VARIABLE, BuildError, Link, Unit
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import random_call
 from tests.cuda import cases, execution
@@ -63,7 +64,7 @@ def built() -> Built:
             logger.addHandler(handler)
             logger.setLevel(logging.DEBUG)
             try:
-                build.compile_library(path, ARCHITECTURES)
+                build.compile_library(path, listed=ARCHITECTURES)
             finally:
                 logger.removeHandler(handler)
                 logger.setLevel(level)
@@ -224,6 +225,39 @@ def test_building_can_be_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setenv(JIT_VARIABLE, "0")
     assert f"{JIT_VARIABLE}=0 forbids building" in (build.unusable() or "")
+
+
+def test_header_edit_reaches_nvcc(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nvcc = build.compiler()
+    if nvcc is None or native.ninja() is None:
+        pytest.skip("needs nvcc and ninja")
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "value.h").write_text("#define VALUE 1\n")
+    (folder / "kernel.cu").write_text('#include "value.h"\nextern "C" __global__ void kernel(int* to) { *to = VALUE; }\n')
+    units = [Unit("kernel", "kernel.cu", build.kernel_command(nvcc, [("compute_80", "sm_80")]))]
+
+    def steps() -> int:
+        native.digest.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lowkernels"):
+            said = native.build_library(
+                tmp_path / "toy.so", folder, units, Link((nvcc, "-shared"), ()), objects=tmp_path, depends_on=None
+            )
+        assert ("Used" in said) == bool(caplog.records), "what ptxas says of registers"
+        return len(caplog.records)
+
+    assert steps() == 2
+    assert steps() == 0
+    (folder / "value.h").write_text("#define VALUE 2\n")
+    assert steps() == 2
+
+
+def test_no_ninja_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(build, "compiler", lambda: "nvcc")
+    monkeypatch.setattr(native, "ninja", lambda: None)
+    assert "not built, and there is no ninja: it is neither installed (pip install ninja) nor on PATH" in (build.unusable() or "")
 
 
 @pytest.mark.parametrize(

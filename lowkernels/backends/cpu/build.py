@@ -1,6 +1,6 @@
 """Building and loading the C++ kernels of ``csrc/cpu``.
 
-They are compiled once for each version of the sources and of torch, with the user's g++, into a cache directory. That
+They are compiled once for each version of the sources and of torch, with the user's g++ and ninja, into a cache directory. That
 happens the first time an operator asks for them (about half a minute on two cores, announced by one line of the
 ``lowkernels`` logger), never at import. ``python -m lowkernels.backends.cpu.build`` does it ahead of time; with ``--output`` it
 puts the library into a folder, and this one (``lowkernels/backends/cpu``) is looked into before the cache. Every instruction set
@@ -20,15 +20,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from .. import native
-from ..native import JIT_VARIABLE, BuildError, Loading, cache_folder
+from ..native import JIT_VARIABLE, NO_NINJA, BuildError, Link, Loading, Unit, cache_folder
 
 ISA_VARIABLE = "LOWKERNELS_CPU_ISA"
 
@@ -64,16 +62,15 @@ def _abi() -> int:
     return int(torch.compiled_with_cxx11_abi())
 
 
+def _depends_on() -> tuple[object, ...]:
+    """What a library depends on besides the sources."""
+    return ISA_FLAGS.get(platform.machine()), KERNEL_FLAGS, _TORCH_FLAGS, torch.__version__, _abi(), platform.machine()
+
+
 @functools.cache
 def library_name() -> str:
     """The library's file name: it holds a digest of the sources, the flags, torch's version and ABI, and the architecture."""
-    digest = hashlib.sha256()
-    for path in sorted(sources().iterdir()):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    flags = (ISA_FLAGS.get(platform.machine()), KERNEL_FLAGS, _TORCH_FLAGS)
-    parts = (flags, torch.__version__, _abi(), platform.machine())
-    digest.update(repr(parts).encode())
+    digest = hashlib.sha256(repr((native.digest(sources()), _depends_on())).encode())
     return f"lowkernels_cpu-{digest.hexdigest()[:20]}.so"
 
 
@@ -92,7 +89,11 @@ def _openmp() -> list[str]:
     return [str(own[0])] if own else ["-lgomp"]
 
 
-def _check_compiler(path: str) -> None:
+def _checked_compiler() -> tuple[str, str]:
+    """The compiler, and what it says of itself."""
+    path = compiler()
+    if path is None:
+        raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++'} is not on PATH")
     # clang brings an OpenMP runtime of its own, which must not meet torch's.
     try:
         macros = subprocess.run([path, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True).stdout
@@ -103,40 +104,34 @@ def _check_compiler(path: str) -> None:
     if "__clang__" in defined or int(version) < _MINIMUM_GCC:
         kind = "clang" if "__clang__" in defined else f"g++ {version}"
         raise BuildError(f"the compiler {path} is {kind}; needed is g++ {_MINIMUM_GCC} or newer")
+    return path, macros
 
 
-def compile_library(output: Path) -> None:
+def compile_library(output: Path, objects: Path | None = None) -> None:
     """Compile the library to ``output``, replacing it at once when done.
 
+    Args:
+        output: a file name.
+        objects: a folder whose folders keep object files for the next build; None: they are not kept.
+
     Raises:
-        BuildError: no usable compiler, or it failed.
+        BuildError: no usable compiler, no ninja, or it failed.
     """
-    path = compiler()
-    if path is None:
-        raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++'} is not on PATH")
     instruction_sets = ISA_FLAGS.get(platform.machine())
     if instruction_sets is None:
         raise BuildError(f"there are no kernels for {platform.machine()} processors; there are for {', '.join(ISA_FLAGS)}")
-    _check_compiler(path)
-    folder, torch_folder = sources(), Path(torch.__file__).parent
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as temporary:
-        objects, commands = [], []
-        includes = [f"-isystem{torch_folder / 'include'}", f"-isystem{torch_folder / 'include/torch/csrc/api/include'}"]
-        registration = [str(folder / "register.cpp"), *_TORCH_FLAGS, *includes, f"-D_GLIBCXX_USE_CXX11_ABI={_abi()}"]
-        kernels = [
-            [str(folder / "kernels.cpp"), *KERNEL_FLAGS, *flags, f"-DLOWKERNELS_ISA={name}"]
+    path, identity = _checked_compiler()
+    torch_folder = Path(torch.__file__).parent
+    includes = (f"-isystem{torch_folder / 'include'}", f"-isystem{torch_folder / 'include/torch/csrc/api/include'}")
+    units = [
+        Unit("register", "register.cpp", (path, *_TORCH_FLAGS, *includes, f"-D_GLIBCXX_USE_CXX11_ABI={_abi()}")),
+        *(
+            Unit(name, "kernels.cpp", (path, *KERNEL_FLAGS, *flags, f"-DLOWKERNELS_ISA={name}"))
             for name, flags in instruction_sets.items()
-        ]
-        for index, arguments in enumerate([registration, *kernels]):
-            objects.append(f"{temporary}/{index}.o")
-            commands.append([path, "-c", *arguments, "-o", objects[-1]])
-        with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            list(pool.map(native.run, commands))
-        library = f"{temporary}/library.so"
-        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *_openmp()]
-        native.run([path, "-shared", *objects, "-o", library, *libraries])
-        os.replace(library, output)
+        ),
+    ]
+    link = Link((path, "-shared"), (f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *_openmp()))
+    native.build_library(output, sources(), units, link, objects=objects, depends_on=(*_depends_on(), path, identity))
 
 
 def _build_once() -> Path:
@@ -158,6 +153,8 @@ def unusable() -> str | None:
                 return f"the CPU kernels are not built, and {JIT_VARIABLE}=0 forbids building them on first use (lowkernels build)"
             if compiler() is None:
                 return f"the CPU kernels are not built, and there is no compiler: {os.environ.get('CXX') or 'g++'} is not on PATH"
+            if native.ninja() is None:
+                return f"the CPU kernels are not built, and {NO_NINJA}"
     except BuildError as error:
         return str(error)
     return None
@@ -181,13 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: build ahead of time."""
     parser = argparse.ArgumentParser(prog="python -m lowkernels.backends.cpu.build", description="Build the native CPU kernels.")
     parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
-    folder = parser.parse_args(arguments).output
+    parser.add_argument("--objects", type=Path, help="with --output, folder to keep object files in (default: none)")
+    asked = parser.parse_args(arguments)
     try:
-        if folder is None:
-            path = built() or _build_once()
-        else:
-            path = folder / library_name()
-            compile_library(path)
+        with native.shown():
+            if asked.output is None:
+                path = built() or _build_once()
+            else:
+                path = asked.output / library_name()
+                compile_library(path, asked.objects)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """Building and loading the CUDA kernels of ``csrc/cuda``.
 
-They are compiled by the user's nvcc and g++ into a cache directory, once for each version of the sources, the
+They are compiled by the user's nvcc, g++ and ninja into a cache directory, once for each version of the sources, the
 first time an operator asks for them on a machine with a GPU; never at import. ``lowkernels build --cuda`` does it ahead of time and
 needs no GPU. ``python -m lowkernels.backends.cuda.build --output FOLDER`` puts the library into a folder; the one that this file is
 in is looked into before the cache. The library uses PyTorch's stable ABI: one file serves PyTorch 2.10 and every later one.
@@ -20,15 +20,13 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from .. import native
-from ..native import JIT_VARIABLE, BuildError, Loading, cache_folder
+from ..native import JIT_VARIABLE, NO_NINJA, BuildError, Link, Loading, Unit, cache_folder
 
 ARCHITECTURES_VARIABLE = "TORCH_CUDA_ARCH_LIST"
 ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
@@ -60,12 +58,9 @@ def sources() -> Path:
 @functools.cache
 def version() -> str:
     """What a library must have been built from: a digest of the sources, and of the Python files that lay out its arguments."""
-    digest = hashlib.sha256()
     python = Path(__file__).parent
-    for path in (*sorted(sources().iterdir()), *(python / name for name in _ARGUMENTS)):
-        if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".py"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:20]
+    parts = native.digest(sources()), [(python / name).read_bytes() for name in _ARGUMENTS]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
 def compiler() -> str | None:
@@ -178,61 +173,57 @@ def built() -> Path | None:
     return path if path.is_file() and library_version(path) == version() else None
 
 
-def _checked_compiler() -> str:
+def _checked_compiler() -> tuple[str, str]:
+    """nvcc, and what it says of itself."""
     path = compiler()
     if path is None:
         raise BuildError("no CUDA compiler: nvcc is neither in $CUDA_HOME/bin nor on PATH")
-    found = re.search(r"release (\d+)\.(\d+)", native.run([path, "--version"]))
+    identity = native.run([path, "--version"])
+    found = re.search(r"release (\d+)\.(\d+)", identity)
     if found is None:
         raise BuildError(f"{path} --version names no release")
     release = int(found[1]), int(found[2])
     if release < _MINIMUM_NVCC:
         raise BuildError(f"{path} is nvcc {found[1]}.{found[2]}; needed is {_MINIMUM_NVCC[0]}.{_MINIMUM_NVCC[1]} or newer")
-    return path
+    return path, identity
 
 
-def kernel_command(nvcc: str, source: Path, output: Path, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """The command that compiles one kernel file."""
+def kernel_command(nvcc: str, pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """The command that compiles a kernel file, without the names of files."""
     host = os.environ.get("CXX")
-    targets = [f"-gencode=arch={compute},code={code}" for compute, code in pairs]
-    return [nvcc, *(["-ccbin", host] if host else []), *_NVCC_FLAGS, *targets, "-c", str(source), "-o", str(output)]
+    targets = (f"-gencode=arch={compute},code={code}" for compute, code in pairs)
+    return nvcc, *(("-ccbin", host) if host else ()), *_NVCC_FLAGS, *targets
 
 
-def compile_library(output: Path, listed: str | None = None) -> None:
-    """Compile the library to ``output``, replacing it at once when done. The ``lowkernels`` logger gets, as a debug message for
-    each file, what the compiler says of its kernels' registers and memory.
+def compile_library(output: Path, objects: Path | None = None, listed: str | None = None) -> None:
+    """Compile the library to ``output``, replacing it at once when done. The ``lowkernels`` logger gets, as a debug message, what
+    the compiler says of the registers and memory of the kernels it compiled.
 
     Args:
         output: a file name.
+        objects: a folder whose folders keep object files for the next build; None: they are not kept.
         listed: compute capabilities as in ``TORCH_CUDA_ARCH_LIST``; None: as the module's documentation says.
 
     Raises:
-        BuildError: no usable compiler, or it failed.
+        BuildError: no usable compiler, no ninja, or it failed.
     """
-    nvcc = _checked_compiler()
-    host = os.environ.get("CXX") or "g++"
-    if shutil.which(host) is None:
-        raise BuildError(f"no C++ compiler: {host} is not on PATH")
-    folder, torch_folder = sources(), Path(torch.__file__).parent
+    nvcc, identity = _checked_compiler()
+    host = shutil.which(os.environ.get("CXX") or "g++")
+    if host is None:
+        raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++'} is not on PATH")
+    torch_folder = Path(torch.__file__).parent
     listed = listed or _listed()
     pairs = architectures(listed)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as temporary:
-        objects = [Path(temporary) / f"{name}.o" for name in (*_KERNELS, "bind")]
-        commands = [
-            kernel_command(nvcc, folder / f"{name}.cu", target, pairs) for name, target in zip(_KERNELS, objects, strict=False)
-        ]
-        defines = f'-DLOWKERNELS_VERSION="{version()}"', f'-DLOWKERNELS_ARCHITECTURES="{listed}"'
-        include = f"-isystem{torch_folder / 'include'}"
-        commands.append([host, *_HOST_FLAGS, *defines, include, "-c", str(folder / "bind.cpp"), "-o", str(objects[-1])])
-        with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            for said in pool.map(native.run, commands):
-                _log.debug("%s", said)
-        library = f"{temporary}/library.so"
-        # The CUDA runtime goes in whole: no version of libcudart is asked for, and without a driver the library still loads.
-        libraries = [f"-L{torch_folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-Xlinker=--exclude-libs,ALL"]
-        native.run([nvcc, "-ccbin", host, "-shared", "-cudart=static", *map(str, objects), "-o", library, *libraries])
-        os.replace(library, output)
+    # The version differs with every edit of a source, so it is in the one file that does not take long to compile.
+    defines = f'-DLOWKERNELS_VERSION="{version()}"', f'-DLOWKERNELS_ARCHITECTURES="{listed}"'
+    units = [Unit(name, f"{name}.cu", kernel_command(nvcc, pairs)) for name in _KERNELS]
+    units.append(Unit("bind", "bind.cpp", (host, *_HOST_FLAGS, *defines, f"-isystem{torch_folder / 'include'}")))
+    # The CUDA runtime goes in whole: no version of libcudart is asked for, and without a driver the library still loads.
+    libraries = f"-L{torch_folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-Xlinker=--exclude-libs,ALL"
+    link = Link((nvcc, "-ccbin", host, "-shared", "-cudart=static"), libraries)
+    depends_on = pairs, _NVCC_FLAGS, _HOST_FLAGS, torch.__version__, nvcc, identity, host, native.run([host, "--version"])
+    said = native.build_library(output, sources(), units, link, objects=objects, depends_on=depends_on)
+    _log.debug("%s", said)
 
 
 def _build_once() -> Path:
@@ -254,6 +245,8 @@ def unusable() -> str | None:
                 return f"{state}, and {JIT_VARIABLE}=0 forbids building them on first use (lowkernels build --cuda)"
             if compiler() is None:
                 return f"{state}, and there is no compiler: nvcc is neither in $CUDA_HOME/bin nor on PATH"
+            if native.ninja() is None:
+                return f"{state}, and {NO_NINJA}"
     except BuildError as error:
         return str(error)
     return None
@@ -291,13 +284,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: build ahead of time."""
     parser = argparse.ArgumentParser(prog="python -m lowkernels.backends.cuda.build", description="Build the CUDA kernels.")
     parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
-    folder = parser.parse_args(arguments).output
+    parser.add_argument("--objects", type=Path, help="with --output, folder to keep object files in (default: none)")
+    asked = parser.parse_args(arguments)
     try:
-        if folder is None:
-            path = built() or _build_once()
-        else:
-            path = folder / _PREBUILT
-            compile_library(path, os.environ.get(ARCHITECTURES_VARIABLE) or ARCHITECTURES)
+        with native.shown():
+            if asked.output is None:
+                path = built() or _build_once()
+            else:
+                path = asked.output / _PREBUILT
+                compile_library(path, asked.objects, os.environ.get(ARCHITECTURES_VARIABLE) or ARCHITECTURES)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
