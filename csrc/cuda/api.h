@@ -40,9 +40,9 @@ struct ConvAct {
 
 struct MBConv {
     Geometry g;
-    int expanded;  // rounded up to whole chunks
+    int expanded;  // channels; weights are of whole chunks
     const void *x, *expand;
-    const float *expand_bias, *dw, *dw_bias;
+    const float *expand_bias, *dw, *dw_bias;  // expand_bias: [expanded]
     const void* project;
     const float* project_bias;
     void* out;
@@ -71,9 +71,9 @@ struct Lowtention {
 // 1 for tiles of tile_h x tile_w outputs, or 0 for tile_w consecutive ones, whatever image they are of (then tile_h is 1).
 struct ExpandProject {
     Geometry g;
-    int expanded;  // rounded up to whole groups
+    int expanded;  // channels; weights are of whole groups
     const void *x, *expand;
-    const float* expand_bias;
+    const float* expand_bias;  // [expanded]
     const void* project;
     const float* project_bias;
     const float *norm_weight, *norm_bias;  // gn_mlp
@@ -91,7 +91,7 @@ int lowkernels_separable_conv(const SeparableConv& p, Dtype dtype, int config, v
 int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream);
 int lowkernels_fused_mbconv(const ExpandProject& p, Dtype dtype, int config, void* stream);
 int lowkernels_gn_mlp(const ExpandProject& p, Dtype dtype, int config, void* stream);
-// For compute capability 9.0: `expand` has the slabs of both products, `project` is null, expanded channels are whole chunks of 128.
+// For compute capability 9.0: `expand` has the slabs of both products, `project` is null, of whole chunks of 128 expanded channels.
 int lowkernels_fused_mbconv_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
 int lowkernels_gn_mlp_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
 // Its shape follows from its arguments; the configuration is not looked at.

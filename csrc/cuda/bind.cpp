@@ -196,12 +196,13 @@ void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bi
     const Call call("lowkernels_cuda::mbconv", x);
     lk::MBConv p{};
     p.g = geometry(x, out, kernel, stride, padding, tile);
-    const int64_t depth = rounded_up(p.g.c, 16), columns = rounded_up(p.g.co, kGroup), expanded = dw_bias.numel();
-    STD_TORCH_CHECK(expanded % kChunk == 0, "lowkernels_cuda::mbconv: argument dw_bias: has ", expanded, " elements, not whole chunks");
-    p.expanded = static_cast<int>(expanded);
+    const int64_t depth = rounded_up(p.g.c, 16), columns = rounded_up(p.g.co, kGroup), hidden = expand_bias.numel();
+    STD_TORCH_CHECK(hidden % 4 == 0, "lowkernels_cuda::mbconv: argument expand_bias: has ", hidden, " elements; allowed are multiples of 4");
+    const int64_t expanded = rounded_up(hidden, kChunk);
+    p.expanded = static_cast<int>(hidden);
     p.x = call.image(x, "x");
     p.expand = call.weights(expand, "expand", depth * expanded);
-    p.expand_bias = call.floats(expand_bias, "expand_bias", expanded);
+    p.expand_bias = call.floats(expand_bias, "expand_bias", hidden);
     p.dw = call.floats(dw, "dw", kernel * kernel * expanded);
     p.dw_bias = call.floats(dw_bias, "dw_bias", expanded);
     p.project = call.weights(project, "project", expanded * columns);
@@ -215,14 +216,15 @@ void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bi
 // What fused_mbconv and gn_mlp have in common.
 void chain(const Call& call, lk::ExpandProject& p, const Tensor& x, const Tensor& expand, const Tensor& expand_bias, const Tensor& project,
            const Tensor& project_bias, const Tensor& out, int64_t act, bool residual) {
-    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, columns = rounded_up(p.g.co, kGroup), expanded = expand_bias.numel();
-    STD_TORCH_CHECK(expanded % kGroup == 0, "lowkernels_cuda: argument expand_bias: has ", expanded, " elements, not whole groups");
+    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, columns = rounded_up(p.g.co, kGroup), hidden = expand_bias.numel();
+    STD_TORCH_CHECK(hidden % 4 == 0, "lowkernels_cuda: argument expand_bias: has ", hidden, " elements; allowed are multiples of 4");
+    const int64_t expanded = rounded_up(hidden, kGroup);
     STD_TORCH_CHECK(p.g.images == 1 || (p.g.images == 0 && p.g.tile_h == 1), "lowkernels_cuda: argument tile: is of ", p.g.images,
                     " images; allowed are 1, or 0 with height 1");
-    p.expanded = static_cast<int>(expanded);
+    p.expanded = static_cast<int>(hidden);
     p.x = call.image(x, "x");
     p.expand = call.weights(expand, "expand", taps * rounded_up(p.g.c, 16) * expanded);
-    p.expand_bias = call.floats(expand_bias, "expand_bias", expanded);
+    p.expand_bias = call.floats(expand_bias, "expand_bias", hidden);
     p.project = call.weights(project, "project", expanded * columns);
     p.project_bias = call.floats(project_bias, "project_bias", columns);
     p.out = call.output(out);
@@ -273,14 +275,14 @@ void gn_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tenso
 void wide_chain(const Call& call, lk::ExpandProject& p, const Tensor& x, const Tensor& slabs, const Tensor& expand_bias, const Tensor& project_bias,
                 const Tensor& out, int64_t act, bool residual) {
     constexpr int64_t depth = 64, columns = 128;  // of a slab
-    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, expanded = expand_bias.numel();
-    STD_TORCH_CHECK(expanded % columns == 0, "lowkernels_cuda: argument expand_bias: has ", expanded, " elements, not whole slabs");
+    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, hidden = expand_bias.numel(), expanded = rounded_up(hidden, columns);
+    STD_TORCH_CHECK(hidden % 4 == 0, "lowkernels_cuda: argument expand_bias: has ", hidden, " elements; allowed are multiples of 4");
     STD_TORCH_CHECK(p.g.images == 1 || (p.g.images == 0 && p.g.tile_h == 1), "lowkernels_cuda: argument tile: is of ", p.g.images,
                     " images; allowed are 1, or 0 with height 1");
-    p.expanded = static_cast<int>(expanded);
+    p.expanded = static_cast<int>(hidden);
     p.x = call.image(x, "x");
     p.expand = call.weights(slabs, "slabs", expanded * (rounded_up(taps * rounded_up(p.g.c, 16), depth) + rounded_up(p.g.co, columns)));
-    p.expand_bias = call.floats(expand_bias, "expand_bias", expanded);
+    p.expand_bias = call.floats(expand_bias, "expand_bias", hidden);
     p.project_bias = call.floats(project_bias, "project_bias", rounded_up(p.g.co, kGroup));
     p.out = call.output(out);
     check_residual(p.g, residual);

@@ -240,7 +240,7 @@ struct Products {
             clear(hidden);
 #pragma unroll
             for (int h = 0; h < C::kExpand; h++)
-                if (first + h < t.expanded) add_bias(hidden, h, load4(t.p.expand_bias + (first + h) * kGroup + lane % 4 * 4));
+                if (live_column(t, first + h)) add_bias(hidden, h, load4(t.p.expand_bias + (first + h) * kGroup + lane % 4 * 4));
             for (int first_step = 0; first_step < t.steps; first_step += C::kSteps) {
                 const Bits8* stage = weights.next() + split * C::kExpand * C::kSteps * kWarp;
                 if (!live) continue;
@@ -267,6 +267,17 @@ struct Products {
 #pragma unroll
                     for (int i = 0; i < 4; i++) a[m][h][i] = pack2(T{}, hidden[m][h][i / 2][i % 2 * 2], hidden[m][h][i / 2][i % 2 * 2 + 1]);
                 }
+            if ((first + C::kExpand) * kGroup > t.p.expanded) {
+                // Zero, whatever the inputs: an infinity times a weight of zero would be NaN.
+#pragma unroll
+                for (int h = 0; h < C::kExpand; h++) {
+                    if (live_column(t, first + h)) continue;
+#pragma unroll
+                    for (int m = 0; m < C::kTiles; m++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) a[m][h][i] = 0;
+                }
+            }
 #pragma unroll
             for (int step = 0; step < C::kExpand; step += C::kProjectSteps) {
 #pragma unroll
@@ -356,6 +367,9 @@ struct Products {
     }
 
 private:
+    // Whether this lane's four columns in a group of the expansion are expanded channels.
+    static LK_DEVICE bool live_column(const Task& t, int group) { return group * kGroup + lane_index() % 4 * 4 < t.p.expanded; }
+
     // The first of this lane's four columns in group `g`. Loads are not made to wait for each other by conditions: where there is no
     // such group they read the first one's again.
     static LK_DEVICE int column(const ExpandProject& p, int g) {
@@ -398,7 +412,7 @@ Task task_of(const ExpandProject& p) {
     t.layout = layout_of(p.g);
     t.depth = (p.g.c + 15) / 16 * 32;
     t.steps = p.g.kernel * p.g.kernel * (t.depth / 32);
-    t.expanded = p.expanded / kGroup;
+    t.expanded = (p.expanded + kGroup - 1) / kGroup;
     t.expand_pieces = (t.steps + C::kSteps - 1) / C::kSteps;
     t.pieces = t.expand_pieces + C::kProjectPieces;
     t.chunks = (t.expanded + C::kChunkGroups - 1) / C::kChunkGroups;

@@ -94,7 +94,7 @@ struct WideProducts {
         const uint32_t row = shared_address(window + at + lane / 16 * 8);
         // Steps that fill up the last slab have no taps, and weights of zero.
         auto load = [&](uint32_t(&a)[4], int step) { ldmatrix_x4(a, step < t.steps ? row + taps[step] : zeros); };
-        const float* bias = t.p.expand_bias + lane % 4 * 4;
+        int channel = lane % 4 * 4;  // this lane's first of the chunk's
 
         float hidden[kWideChunk / 8][4];
         uint32_t a[2][4], b[C::kKept][4];
@@ -121,7 +121,7 @@ struct WideProducts {
 #pragma unroll
                     for (int step = 0; step < kSlabSteps; step++) {
                         const int group = slab * kSlabSteps + step;
-                        if (part == 0) expanded(t, load4(bias + group * kGroup), hidden[2 * group], hidden[2 * group + 1], b[step % C::kKept]);
+                        if (part == 0) expanded(t, channel + group * kGroup, hidden[2 * group], hidden[2 * group + 1], b[step % C::kKept]);
                         wgmma_fence();
                         wgmma(T{}, out[part], b[step % C::kKept], slab_operand(weights, step), chunk + group > 0);
                         wgmma_commit();
@@ -129,15 +129,18 @@ struct WideProducts {
                     }
                 }
             }
-            bias += kWideChunk;
+            channel += kWideChunk;
         }
         wgmma_wait<0>();
 #pragma unroll
         for (int part = 0; part < C::kParts; part++) wgmma_settle(out[part]);
     }
 
-    // 16 expanded channels as the second product's first operand.
-    LK_DEVICE static void expanded(const Task& t, const Float4& bias, const float (&low)[4], const float (&high)[4], uint32_t (&b)[4]) {
+    // 16 expanded channels as the second product's first operand. Those that fill up the slab are zero, whatever the inputs: an
+    // infinity times a weight of zero would be NaN.
+    LK_DEVICE static void expanded(const Task& t, int channel, const float (&low)[4], const float (&high)[4], uint32_t (&b)[4]) {
+        const bool live = channel < t.p.expanded;
+        const Float4 bias = live ? load4(t.p.expand_bias + channel) : Float4{};
         float v[2][4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -146,7 +149,7 @@ struct WideProducts {
         }
         activate(t.p.act, v);
 #pragma unroll
-        for (int i = 0; i < 4; i++) b[i] = pack2(T{}, v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; i++) b[i] = live ? pack2(T{}, v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]) : 0;
     }
 
     // Bias and residual; then the CTA's pixels go out, 32 bytes of neighbouring channels at a time.
@@ -201,10 +204,10 @@ Task wide_task_of(const ExpandProject& p) {
     t.layout = layout_of(p.g);
     t.depth = (p.g.c + 15) / 16 * 32;
     t.steps = p.g.kernel * p.g.kernel * (t.depth / 32);
-    t.expanded = p.expanded / kGroup;
+    t.expanded = (p.expanded + kGroup - 1) / kGroup;
     t.expand_pieces = (t.steps + kSlabSteps - 1) / kSlabSteps;
     t.pieces = t.expand_pieces + kWideSlabs * C::kParts;
-    t.chunks = p.expanded / kWideChunk;
+    t.chunks = (p.expanded + kWideChunk - 1) / kWideChunk;
     return t;
 }
 

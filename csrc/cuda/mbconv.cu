@@ -67,22 +67,24 @@ LK_DEVICE void expand(const MBConv& p, const T* inputs, const int* target, int r
     const int warp = warp_index(), lane = lane_index();
     const int group = chunk * kChunkGroups + warp % kChunkGroups, column = lane % 4 * 4;
     const Bits8* weight = static_cast<const Bits8*>(p.expand) + static_cast<int64_t>(group) * (depth / 16) * kWarp;
-    const Float4 bias = load4(p.expand_bias + group * kGroup + column);
+    const bool live = group * kGroup + column < p.expanded;
+    const Float4 bias = live ? load4(p.expand_bias + group * kGroup + column) : Float4{};
     const int tiles = rows / 16;
     for (int first = warp / kChunkGroups; first < tiles; first += kExpandWarps * kExpandTiles) {
-        const int live = ceil_div(tiles - first, kExpandWarps);
+        const int mine = ceil_div(tiles - first, kExpandWarps);
         uint32_t a[kExpandTiles];
 #pragma unroll
         for (int m = 0; m < kExpandTiles; m++)
             a[m] = tile_address(inputs + (first + m * kExpandWarps) * 16 * row_length(depth), row_length(depth));
         float acc[kExpandTiles][1][2][4];
         clear(acc);
-        multiply<T>(acc, a, live, weight, 0, depth / 16, 1);
+        multiply<T>(acc, a, mine, weight, 0, depth / 16, 1);
         add_bias(acc, 0, bias);
         activate(p.act, acc);
+        if (!live) clear(acc);  // whatever the inputs: an infinity times a weight of zero would be NaN
 #pragma unroll
         for (int m = 0; m < kExpandTiles; m++) {
-            if (m >= live) continue;
+            if (m >= mine) continue;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int pixel = target[(first + m * kExpandWarps) * 16 + half * 8 + lane / 4];
@@ -101,7 +103,7 @@ mbconv(MBConv p) {
     using W = typename Kept<T>::type;
     const Place place = place_of(p.g, block_x());
     const Inside in = inside_of(p.g, place);
-    const int depth = rounded_up(p.g.c, 16), chunks = p.expanded / kChunk;
+    const int depth = rounded_up(p.g.c, 16), chunks = ceil_div(p.expanded, kChunk);
     const int rows = rounded_up(p.g.images * in.h * in.w, 16);
     const int window_pixels = p.g.images * place.window_h * place.window_w;
     // Sizes are multiples of 16 bytes.
@@ -133,9 +135,9 @@ mbconv(MBConv p) {
     for (int chunk = 0; chunk < chunks; chunk++) {
         expand(p, inputs, target, rows, depth, window, chunk);
         block_sync();  // the window is whole, and nobody reads D any more
-        depthwise(p.g, place, window, tile, start, p.dw + chunk * kChunk, p.dw_bias + chunk * kChunk, p.expanded, p.act);
+        depthwise(p.g, place, window, tile, start, p.dw + chunk * kChunk, p.dw_bias + chunk * kChunk, chunks * kChunk, p.act);
         block_sync();  // D is whole, and nobody reads the window any more
-        projection.add(tile, static_cast<const Bits8*>(p.project), p.expanded / 16, chunk);
+        projection.add(tile, static_cast<const Bits8*>(p.project), chunks * (kChunk / 16), chunk);
     }
     projection.store(p.g, place, p.project_bias, kNone, p.residual ? static_cast<const T*>(p.x) : nullptr, static_cast<T*>(p.out));
 }

@@ -69,7 +69,7 @@ BREAKAGES = [
     ),
     ("fused_mbconv", CHAIN, "slab + step > 0", "true", NUMBERS),
     ("fused_mbconv", CHAIN, "chunk + group > 0", "group > 0", NUMBERS),
-    ("fused_mbconv", CHAIN, "bias += kWideChunk;", "", NUMBERS),
+    ("fused_mbconv", CHAIN, "channel += kWideChunk;", "", NUMBERS),
     ("fused_mbconv", CHAIN, "step < t.steps ? row + taps[step] : zeros", "row + taps[step]", "bounds"),
     ("fused_mbconv", CHAIN, "if (!pixel.live) continue;", "", "bounds"),
     ("fused_mbconv", CHAIN, "if (first + group * kGroup >= p.g.co) continue;", "", "bounds"),

@@ -268,4 +268,4 @@ def pack(expand: Tensor, expand_bias: Tensor | None, project: Tensor) -> list[Te
     theirs can take the tier."""
     if project.shape[0] > MOST_COLUMNS or unusable(expand.device) is not None:
         return []
-    return [chain(expand, project), vector(expand_bias, expand, expand.shape[0], SLAB_COLUMNS)]
+    return [chain(expand, project), vector(expand_bias, expand, expand.shape[0], 4)]

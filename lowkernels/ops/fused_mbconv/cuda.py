@@ -37,7 +37,7 @@ def pack(
     return [
         packing.vector(project_bias, project_weight, project_weight.shape[0], GROUP),
         packing.window(conv_weight),
-        packing.vector(conv_bias, conv_weight, conv_weight.shape[0], GROUP),
+        packing.vector(conv_bias, conv_weight, conv_weight.shape[0], 4),
         packing.chained(project_weight),
         *hopper.pack(conv_weight, conv_bias, project_weight),
     ]

@@ -53,7 +53,7 @@ def pack(
         *(packing.vector(v, fc1_weight, channels, 4) for v in (norm_weight, norm_bias)),
         packing.vector(fc2_bias, fc2_weight, fc2_weight.shape[0], GROUP),
         packing.window(fc1_weight),
-        packing.vector(fc1_bias, fc1_weight, expanded, GROUP),
+        packing.vector(fc1_bias, fc1_weight, expanded, 4),
         packing.chained(fc2_weight),
         *hopper.pack(fc1_weight, fc1_bias, fc2_weight),
     ]

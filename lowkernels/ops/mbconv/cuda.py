@@ -51,7 +51,7 @@ def pack(
     expanded, out_channels = expand_weight.shape[0], project_weight.shape[0]
     return [
         packing.pointwise(expand_weight, columns=CHUNK),
-        packing.vector(expand_bias, expand_weight, expanded, CHUNK),
+        packing.vector(expand_bias, expand_weight, expanded, 4),
         packing.depthwise(dw_weight),
         packing.vector(dw_bias, dw_weight, expanded, CHUNK),
         packing.pointwise(project_weight, rows=CHUNK),
