@@ -38,7 +38,7 @@ void* current_stream(int device) {
     }();
     STD_TORCH_CHECK(function != nullptr, "lowkernels_cuda: this PyTorch has no CUDA streams: libtorch_cuda.so is not loaded");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+    TORCH_ERROR_CODE_CHECK(function(device, &stream));
     return stream;
 }
 
