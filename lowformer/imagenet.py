@@ -15,5 +15,5 @@ def class_names() -> tuple[str, ...]:
     Each is the first lemma of the class's WordNet synset; the few that would name two classes are told apart,
     so all are distinct. Sources: `data/CREDITS.md` in this package.
     """
-    text = files("lowformer").joinpath("data", "imagenet_classes.txt").read_text(encoding="utf-8")
+    text = (files("lowformer") / "data" / "imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())

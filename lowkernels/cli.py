@@ -254,7 +254,7 @@ def _demo(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32"))
     try:
         if args.photo is None:
-            packaged = importlib.resources.files("lowkernels").joinpath("data", "chelsea.jpg")
+            packaged = importlib.resources.files("lowkernels") / "data" / "chelsea.jpg"
             with importlib.resources.as_file(packaged) as path:
                 image = load_image(path)
         else:
