@@ -23,7 +23,7 @@ import torch
 
 from . import backends, selfcheck
 from .choosing import auto, measured
-from .choosing.settings import Setting, WithSetting
+from .choosing.settings import Setting, WithSetting, using
 from .errors import BackendError
 
 ENVIRONMENT_VARIABLE = "LOWKERNELS_BACKEND"
@@ -50,6 +50,9 @@ class Kernel(Protocol):
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
         """Run the operator; the last argument is the list :meth:`pack` made, or None. ``x`` is NHWC in memory and not empty.
+
+        If the file has a function ``remark(x, *args)``, of the same arguments without ``packed``, what it returns, a part of a
+        sentence or None, is added to the reason why the backend was chosen: that a faster kernel of its own is not used, and why.
 
         If the file has a function ``candidates(x, *args)``, of the same arguments without ``packed``, ``lowkernels tune`` tries the
         settings it lists (dicts of names to integers), and this function heeds :func:`lowkernels.choosing.settings.current`: a
@@ -188,7 +191,8 @@ def choose(
         if reason is not None:
             raise BackendError(f"lowkernels.{operator}: backend {name!r}, asked for by {source}, cannot serve this call: {reason}")
         setting = {} if call is None else auto.setting(operator, name, call)
-        return _with(operator, name, setting), Choice(operator, name, f"asked for by {source}", basis=auto.REQUESTED)
+        why = f"asked for by {source}" + _remark(operator, name, setting, call)
+        return _with(operator, name, setting), Choice(operator, name, why, basis=auto.REQUESTED)
 
     names = [candidate for candidate in backends.PRIORITY if like.device.type in backends.load(candidate).DEVICES]
     ranking = auto.rank(operator, names, call, packed_for)
@@ -197,10 +201,21 @@ def choose(
         reason = refusal(candidate)
         if reason is None:
             why, basis = ranking.why(candidate, not rejected), ranking.basis_of(candidate)
-            chosen = Choice(operator, candidate, why, tuple(rejected), basis)
-            return _with(operator, candidate, ranking.settings.get(candidate, {})), chosen
+            setting = ranking.settings.get(candidate, {})
+            chosen = Choice(operator, candidate, why + _remark(operator, candidate, setting, call), tuple(rejected), basis)
+            return _with(operator, candidate, setting), chosen
         rejected.append((candidate, reason))
     raise BackendError(f"lowkernels.{operator}: no backend can serve this call: {rejected}")
+
+
+def _remark(operator: str, backend: str, setting: Setting, call: Sequence[Any] | None) -> str:
+    """What the kernel has to say of how it will serve the call, as the end of a sentence; empty for nothing."""
+    remark = getattr(kernel(operator, backend), "remark", None)
+    if remark is None or call is None or call[0].numel() == 0:
+        return ""
+    with using(setting) if setting else contextlib.nullcontext():
+        said = remark(*call)
+    return f"; {said}" if said else ""
 
 
 def _with(operator: str, backend: str, setting: Setting) -> Kernel:

@@ -27,10 +27,11 @@ struct SeparableConv {
 };
 
 struct ConvAct {
-    Geometry g;  // its tile is not looked at
-    int images;  // of one CTA, where it pools
+    Geometry g;  // its tile is for Hopper's kernels only: images 0, tile_w consecutive pixels a CTA
+    int images;       // of one CTA, where it pools
+    int column_ctas;  // CTAs that the columns are divided among; Hopper's kernels only
     const void* x;
-    const void* weight;  // fragments, depth = (tap row, tap column, channel) rounded up to 16
+    const void* weight;  // fragments, depth = (tap row, tap column, channel) rounded up to 16; for Hopper's kernels slabs
     const float* bias;   // [co rounded up to whole groups]
     const void* residual;  // as out before pooling, or null
     void* out;             // [n][ho][wo][co], or [n][co] with pool
@@ -91,7 +92,8 @@ int lowkernels_separable_conv(const SeparableConv& p, Dtype dtype, int config, v
 int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream);
 int lowkernels_fused_mbconv(const ExpandProject& p, Dtype dtype, int config, void* stream);
 int lowkernels_gn_mlp(const ExpandProject& p, Dtype dtype, int config, void* stream);
-// For compute capability 9.0: `expand` has the slabs of both products, `project` is null, of whole chunks of 128 expanded channels.
+// For compute capability 9.0. Of two products `expand` has the slabs of both, `project` is null, of whole chunks of 128 expanded channels.
+int lowkernels_conv_act_sm90(const ConvAct& p, Dtype dtype, int config, void* stream);
 int lowkernels_fused_mbconv_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
 int lowkernels_gn_mlp_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
 // Its shape follows from its arguments; the configuration is not looked at.

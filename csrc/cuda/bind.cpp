@@ -125,7 +125,7 @@ private:
 
 int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-constexpr int64_t kChunk = 64, kGroup = 16;
+constexpr int64_t kChunk = 64, kGroup = 16, kSlabDepth = 64, kSlabColumns = 128;
 
 lk::Geometry geometry(const Tensor& x, const Tensor& out, int64_t kernel, int64_t stride, int64_t padding, const std::vector<int64_t>& tile,
                       int64_t least_images = 1) {
@@ -164,21 +164,18 @@ void separable_conv(Tensor x, Tensor dw, Tensor dw_bias, Tensor pw, Tensor pw_bi
     call.check(lk::lowkernels_separable_conv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
 }
 
-void conv_act(Tensor x, Tensor weight, Tensor bias, std::vector<Tensor> residual, Tensor out, int64_t kernel, int64_t stride, int64_t padding,
-              int64_t act, bool pool, int64_t images, int64_t config) {
-    const Call call("lowkernels_cuda::conv_act", x);
+// All of conv_act but its weights and how they are divided.
+lk::ConvAct convolution(const Call& call, const Tensor& x, const Tensor& bias, const std::vector<Tensor>& residual, const Tensor& out, int64_t kernel,
+                        int64_t stride, int64_t padding, int64_t act, bool pool) {
     auto extent = [](const Tensor& t, int i) { return static_cast<int>(t.size(i)); };
     lk::ConvAct p{};
     p.g.n = extent(x, 0), p.g.c = extent(x, 1), p.g.h = extent(x, 2), p.g.w = extent(x, 3), p.g.co = extent(out, 1);
     p.g.kernel = static_cast<int>(kernel), p.g.stride = static_cast<int>(stride), p.g.padding = static_cast<int>(padding);
     p.g.ho = (p.g.h + 2 * p.g.padding - p.g.kernel) / p.g.stride + 1, p.g.wo = (p.g.w + 2 * p.g.padding - p.g.kernel) / p.g.stride + 1;
-    STD_TORCH_CHECK(images > 0, "lowkernels_cuda::conv_act: argument images: is ", images, "; allowed is 1 or more");
     STD_TORCH_CHECK(out.size(0) == p.g.n && out.size(2) == (pool ? 1 : p.g.ho) && out.size(3) == (pool ? 1 : p.g.wo),
                     "lowkernels_cuda::conv_act: argument out: has not the shape of the result");
-    const int64_t depth = rounded_up(kernel * kernel * p.g.c, 16), columns = rounded_up(p.g.co, kGroup);
     p.x = call.image(x, "x");
-    p.weight = call.weights(weight, "weight", depth * columns);
-    p.bias = call.floats(bias, "bias", columns);
+    p.bias = call.floats(bias, "bias", rounded_up(p.g.co, kGroup));
     STD_TORCH_CHECK(residual.size() <= 1, "lowkernels_cuda::conv_act: argument residual: has ", residual.size(), " tensors; allowed are 0 and 1");
     if (!residual.empty()) {
         const Tensor& r = residual[0];
@@ -187,8 +184,30 @@ void conv_act(Tensor x, Tensor weight, Tensor bias, std::vector<Tensor> residual
         p.residual = call.image(r, "residual");
     }
     p.out = call.output(out);
-    p.act = static_cast<int>(act), p.pool = pool, p.images = static_cast<int>(images);
+    p.act = static_cast<int>(act), p.pool = pool;
+    return p;
+}
+
+void conv_act(Tensor x, Tensor weight, Tensor bias, std::vector<Tensor> residual, Tensor out, int64_t kernel, int64_t stride, int64_t padding,
+              int64_t act, bool pool, int64_t images, int64_t config) {
+    const Call call("lowkernels_cuda::conv_act", x);
+    STD_TORCH_CHECK(images > 0, "lowkernels_cuda::conv_act: argument images: is ", images, "; allowed is 1 or more");
+    lk::ConvAct p = convolution(call, x, bias, residual, out, kernel, stride, padding, act, pool);
+    p.weight = call.weights(weight, "weight", rounded_up(kernel * kernel * p.g.c, 16) * rounded_up(p.g.co, kGroup));
+    p.images = static_cast<int>(images);
     call.check(lk::lowkernels_conv_act(p, call.dtype(), static_cast<int>(config), call.stream()));
+}
+
+void conv_act_sm90(Tensor x, Tensor slabs, Tensor bias, std::vector<Tensor> residual, Tensor out, int64_t kernel, int64_t stride, int64_t padding,
+                   int64_t act, bool pool, int64_t images, int64_t pixels, int64_t column_ctas, int64_t config) {
+    const Call call("lowkernels_cuda::conv_act_sm90", x);
+    STD_TORCH_CHECK(images > 0 && pixels > 0 && column_ctas > 0, "lowkernels_cuda::conv_act_sm90: arguments images, pixels and column_ctas: are ", images,
+                    ", ", pixels, " and ", column_ctas, "; allowed is 1 or more");
+    lk::ConvAct p = convolution(call, x, bias, residual, out, kernel, stride, padding, act, pool);
+    p.weight = call.weights(slabs, "slabs", rounded_up(kernel * kernel * rounded_up(p.g.c, 16), kSlabDepth) * rounded_up(p.g.co, kSlabColumns));
+    p.g.images = 0, p.g.tile_h = 1, p.g.tile_w = static_cast<int>(pixels);
+    p.images = static_cast<int>(images), p.column_ctas = static_cast<int>(column_ctas);
+    call.check(lk::lowkernels_conv_act_sm90(p, call.dtype(), static_cast<int>(config), call.stream()));
 }
 
 void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, Tensor out,
@@ -274,14 +293,13 @@ void gn_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tenso
 // As chain, for the kernels of Hopper: all weights are in `slabs`.
 void wide_chain(const Call& call, lk::ExpandProject& p, const Tensor& x, const Tensor& slabs, const Tensor& expand_bias, const Tensor& project_bias,
                 const Tensor& out, int64_t act, bool residual) {
-    constexpr int64_t depth = 64, columns = 128;  // of a slab
-    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, hidden = expand_bias.numel(), expanded = rounded_up(hidden, columns);
+    const int64_t taps = static_cast<int64_t>(p.g.kernel) * p.g.kernel, hidden = expand_bias.numel(), expanded = rounded_up(hidden, kSlabColumns);
     STD_TORCH_CHECK(hidden % 4 == 0, "lowkernels_cuda: argument expand_bias: has ", hidden, " elements; allowed are multiples of 4");
     STD_TORCH_CHECK(p.g.images == 1 || (p.g.images == 0 && p.g.tile_h == 1), "lowkernels_cuda: argument tile: is of ", p.g.images,
                     " images; allowed are 1, or 0 with height 1");
     p.expanded = static_cast<int>(hidden);
     p.x = call.image(x, "x");
-    p.expand = call.weights(slabs, "slabs", expanded * (rounded_up(taps * rounded_up(p.g.c, 16), depth) + rounded_up(p.g.co, columns)));
+    p.expand = call.weights(slabs, "slabs", expanded * (rounded_up(taps * rounded_up(p.g.c, 16), kSlabDepth) + rounded_up(p.g.co, kSlabColumns)));
     p.expand_bias = call.floats(expand_bias, "expand_bias", hidden);
     p.project_bias = call.floats(project_bias, "project_bias", rounded_up(p.g.co, kGroup));
     p.out = call.output(out);
@@ -357,6 +375,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowkernels_cuda, LOWKERNELS_KEY, m) {
     m.impl("mbconv", TORCH_BOX(&mbconv));
     m.impl("fused_mbconv", TORCH_BOX(&fused_mbconv));
     m.impl("gn_mlp", TORCH_BOX(&gn_mlp));
+    m.impl("conv_act_sm90", TORCH_BOX(&conv_act_sm90));
     m.impl("fused_mbconv_sm90", TORCH_BOX(&fused_mbconv_sm90));
     m.impl("gn_mlp_sm90", TORCH_BOX(&gn_mlp_sm90));
     m.impl("lowtention", TORCH_BOX(&lowtention));

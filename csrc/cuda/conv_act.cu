@@ -10,7 +10,8 @@
 // Budget of a CTA (256 threads) of r rows, c columns and chunks of d depth in s stages:
 //   shared memory  s (2 (d + 8) r + 2 d c) + 16 r bytes, and 1 KB a warp where they divide the depth or 16 c a row of warps to pool
 //   registers      128 and two CTAs an SM
-//   from L2        x k * k times (the input once for every tap) and the CTA's columns of the weights once
+//   from L2        x k * k times (the input once for every tap) and the CTA's columns of the weights once, for each r rows; LowFormer-B1's
+//                  head, 7x7x256 to 1536 and pooled, 64 rows and 128 columns: 1062 KB an image
 #include "api.h"
 #include "fragments.cuh"
 
@@ -195,11 +196,10 @@ struct Share {
         }
     }
 
-    LK_DEVICE void bias_and_activation(const ConvAct& p) {
+    LK_DEVICE void add_biases(const ConvAct& p) {
 #pragma unroll
         for (int i = 0; i < C::kGroups; i++)
             if ((first_group + i) * kGroup < p.g.co) add_bias(acc, i, load4(p.bias + (first_group + i) * kGroup + lane_index() % 4 * 4));
-        activate(p.act, acc);
     }
 
     LK_DEVICE int row_of(int m, int half) const { return (row_warp + m * C::kRowWarps) * 16 + half * 8 + lane_index() / 4; }
@@ -212,10 +212,12 @@ struct Share {
         if (p.residual) add_residual(static_cast<const T*>(p.residual) + index * p.g.co + column, column, p.g.co, v);
     }
 
-    LK_DEVICE void store(const ConvAct& p, int64_t first, int64_t end) const {
+    // Activates and stores tile after tile: activated all at once, the largest shape's spilled for sm_100 and sm_120.
+    LK_DEVICE void store(const ConvAct& p, int64_t first, int64_t end) {
         if (C::kDepthWarps > 1 && depth_warp) return;
 #pragma unroll
         for (int m = 0; m < C::kTiles; m++) {
+            activate(p.act, acc[m]);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int64_t index = first + row_of(m, half);
@@ -315,27 +317,30 @@ conv_act(ConvAct p) {
             if (chunk >= 0) share.add(stages + chunk % C::kStages * C::kStageBytes);
         }
         share.add_depths(reinterpret_cast<Float4*>(sums));
-        share.bias_and_activation(p);
-        if constexpr (!POOL) {
+        share.add_biases(p);
+        if constexpr (POOL) {
+            activate(p.act, share.acc);
+            for (int image = 0; image < images; image++) {
+                // Several images are all in one block.
+                if (images > 1) clear(total);
+                const int64_t last = images > 1 && first + (image + 1) * pixels < end ? first + (image + 1) * pixels : end;
+                share.add_rows(p, total, first, image * pixels, last - first < C::kRows ? static_cast<int>(last - first) : C::kRows);
+                if (first + C::kRows >= end) share.sum_lanes(total, sums + image * C::kRowWarps * C::kColumns);
+            }
+        } else {
             share.store(p, first, end);
-            return;
-        }
-        for (int image = 0; image < images; image++) {
-            // Several images are all in one block.
-            if (images > 1) clear(total);
-            const int64_t last = images > 1 && first + (image + 1) * pixels < end ? first + (image + 1) * pixels : end;
-            share.add_rows(p, total, first, image * pixels, last - first < C::kRows ? static_cast<int>(last - first) : C::kRows);
-            if (first + C::kRows >= end) share.sum_lanes(total, sums + image * C::kRowWarps * C::kColumns);
         }
     }
-    block_sync();  // the sums of all warps are there
-    for (int i = thread_index(); i < images * C::kColumns; i += kThreads) {
-        const int image = i / C::kColumns, column = block_y() * C::kColumns + i % C::kColumns;
-        if (begin + static_cast<int64_t>(image) * pixels >= end || column >= p.g.co) continue;
-        float sum = 0.0f;
-        for (int warp = 0; warp < C::kRowWarps; warp++) sum += sums[(image * C::kRowWarps + warp) * C::kColumns + i % C::kColumns];
-        const int64_t number = static_cast<int64_t>(block_x()) * images + image;
-        store1(static_cast<T*>(p.out) + number * p.g.co + column, sum / static_cast<float>(pixels));
+    if constexpr (POOL) {
+        block_sync();  // the sums of all warps are there
+        for (int i = thread_index(); i < images * C::kColumns; i += kThreads) {
+            const int image = i / C::kColumns, column = block_y() * C::kColumns + i % C::kColumns;
+            if (begin + static_cast<int64_t>(image) * pixels >= end || column >= p.g.co) continue;
+            float sum = 0.0f;
+            for (int warp = 0; warp < C::kRowWarps; warp++) sum += sums[(image * C::kRowWarps + warp) * C::kColumns + i % C::kColumns];
+            const int64_t number = static_cast<int64_t>(block_x()) * images + image;
+            store1(static_cast<T*>(p.out) + number * p.g.co + column, sum / static_cast<float>(pixels));
+        }
     }
 }
 

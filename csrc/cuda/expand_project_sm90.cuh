@@ -19,6 +19,7 @@ namespace lowkernels {
 template <int WARPGROUPS, int COLUMNS>
 struct WideChain {
     static constexpr int kThreads = WARPGROUPS * kWarpgroup, kWarps = WARPGROUPS * 4, kRows = WARPGROUPS * 64, kColumns = COLUMNS;
+    static constexpr int kStages = 5, kRing = kStages * kSlabBytes;
     static constexpr int kParts = (COLUMNS + kSlabColumns - 1) / kSlabColumns, kPartColumns = COLUMNS / kParts;  // of the output channels
     // Second operands of the second product: with several parts, those of a slab's depth are needed once for each.
     static constexpr int kKept = kParts > 1 ? kSlabSteps : 2;
@@ -32,52 +33,89 @@ struct WideChain {
 // The shapes compiled, by the number lowkernels/backends/cuda/hopper.py chooses.
 #define LK_WIDE_CHAINS(X) X(0, 3, 64) X(1, 3, 128) X(2, 2, 128) X(3, 2, 256)
 
-constexpr int kSlabStages = 5;
-// Slabs under way: one is read, and products on the one before may be.
-constexpr int kSlabsAhead = kSlabStages - 2;
-
 // Of the expanded channels, what the first product makes at a time.
 constexpr int kWideChunk = kSlabColumns, kWideSlabs = kWideChunk / kSlabDepth;
 
-// The ring of slabs.
+// The ring of slabs, C::kStages of them, for the warpgroups of a CTA.
 template <typename C>
 struct Slabs {
+    // Under way: one is read, and products on the one before may be.
+    static constexpr int kAhead = C::kStages - 2;
+
     const Bits8* from;
-    unsigned char* ring;
     int left;  // to be copied
+    unsigned char* ring;
     int copied = 0, used = 0;
 
-    LK_DEVICE Slabs(const Task& t, unsigned char* to) : from(static_cast<const Bits8*>(t.p.expand)), ring(to), left(t.chunks * t.pieces) {
+    LK_DEVICE Slabs(const Bits8* slabs, int count, unsigned char* to) : from(slabs), left(count), ring(to) {
 #pragma unroll
-        for (int i = 0; i < kSlabsAhead; i++) copy();
+        for (int i = 0; i < kAhead; i++) copy();
     }
 
     // Starts the next slab's copies, a group of cp.async even if there are none.
     LK_DEVICE void copy() {
-        constexpr int units = kSlabBytes / 16;
         if (left > 0) {
             Bits8* to = reinterpret_cast<Bits8*>(ring + copied * kSlabBytes);
 #pragma unroll
-            for (int i = 0; i < (units + C::kThreads - 1) / C::kThreads; i++) {
+            for (int i = 0; i < (kSlabUnits + C::kThreads - 1) / C::kThreads; i++) {
                 const int unit = i * C::kThreads + thread_index();
-                if (units % C::kThreads == 0 || unit < units) cp_async<16>(to + unit, from + unit, true);
+                if (kSlabUnits % C::kThreads == 0 || unit < kSlabUnits) cp_async<16>(to + unit, from + unit, true);
             }
-            from += units;
+            from += kSlabUnits;
             left--;
-            copied = copied + 1 == kSlabStages ? 0 : copied + 1;
+            copied = copied + 1 == C::kStages ? 0 : copied + 1;
         }
         cp_async_commit();
     }
 
     // The next slab's shared address. At most one product of this warpgroup may be under way, and none on a slab before the last.
     LK_DEVICE uint32_t next() {
-        cp_async_wait<kSlabsAhead - 1>();
+        cp_async_wait<kAhead - 1>();
         fence_proxy_async();
         block_sync();  // the slab has landed for every warpgroup, and nobody reads the one before the last
         copy();
         const uint32_t at = shared_address(ring + used * kSlabBytes);
-        used = used + 1 == kSlabStages ? 0 : used + 1;
+        used = used + 1 == C::kStages ? 0 : used + 1;
         return at;
+    }
+};
+
+// 16 rows of a warp as first operands: the window under them, at the shifted address of each step's tap.
+struct WindowRows {
+    const int* taps;
+    uint32_t row, zeros;  // shared addresses: this lane's row, and 16 zeros
+    int steps;
+
+    template <typename T>
+    LK_DEVICE WindowRows(const Task& t, const Pixels& pixels, const T* window, const int* taps_of, const T* zeros_at)
+        : taps(taps_of), zeros(shared_address(zeros_at)), steps(t.steps) {
+        const Pixels::Pixel pixel = pixels.at(t, warp_index() * 16 + lane_index() % 16);
+        // Rows that are no pixel compute something and are not stored.
+        const int at = pixel.live ? pixel.window_row * t.layout.pitch + pixel.window_column * t.layout.pixel : 0;
+        row = shared_address(window + at + lane_index() / 16 * 8);
+    }
+
+    // Steps that fill up the last slab have no taps, and weights of zero.
+    LK_DEVICE void load(uint32_t (&a)[4], int step) const { ldmatrix_x4(a, step < steps ? row + taps[step] : zeros); }
+
+    // sums = the rows times the next `count` slabs.
+    template <typename T, typename C>
+    LK_DEVICE void multiply(T, float (&sums)[kSlabColumns / 8][4], Slabs<C>& slabs, int count) const {
+        uint32_t a[2][4];
+        load(a[0], 0);
+        for (int slab = 0; slab < count; slab++) {
+            const uint32_t weights = slabs.next();
+#pragma unroll
+            for (int step = 0; step < kSlabSteps; step++) {
+                wgmma_fence();
+                wgmma(T{}, sums, a[step % 2], slab_operand(weights, step), slab + step > 0);
+                wgmma_commit();
+                wgmma_wait<1>();
+                load(a[(step + 1) % 2], slab * kSlabSteps + step + 1);
+            }
+        }
+        wgmma_wait<0>();
+        wgmma_settle(sums);
     }
 };
 
@@ -85,34 +123,13 @@ template <typename T, typename C>
 struct WideProducts {
     float out[C::kParts][C::kPartColumns / 8][4];
 
-    // `zeros` is the shared address of 16 of them.
-    LK_DEVICE void run(const Task& t, const Pixels& pixels, const T* window, const int* taps, uint32_t zeros, Slabs<C>& slabs) {
-        const int lane = lane_index();
-        const Pixels::Pixel pixel = pixels.at(t, warp_index() * 16 + lane % 16);
-        // Rows that are no pixel compute something and are not stored.
-        const int at = pixel.live ? pixel.window_row * t.layout.pitch + pixel.window_column * t.layout.pixel : 0;
-        const uint32_t row = shared_address(window + at + lane / 16 * 8);
-        // Steps that fill up the last slab have no taps, and weights of zero.
-        auto load = [&](uint32_t(&a)[4], int step) { ldmatrix_x4(a, step < t.steps ? row + taps[step] : zeros); };
-        int channel = lane % 4 * 4;  // this lane's first of the chunk's
+    LK_DEVICE void run(const Task& t, const WindowRows& rows, Slabs<C>& slabs) {
+        int channel = lane_index() % 4 * 4;  // this lane's first of the chunk's
 
         float hidden[kWideChunk / 8][4];
-        uint32_t a[2][4], b[C::kKept][4];
+        uint32_t b[C::kKept][4];
         for (int chunk = 0; chunk < t.chunks; chunk++) {
-            load(a[0], 0);
-            for (int slab = 0; slab < t.expand_pieces; slab++) {
-                const uint32_t weights = slabs.next();
-#pragma unroll
-                for (int step = 0; step < kSlabSteps; step++) {
-                    wgmma_fence();
-                    wgmma(T{}, hidden, a[step % 2], slab_operand(weights, step), slab + step > 0);
-                    wgmma_commit();
-                    wgmma_wait<1>();
-                    load(a[(step + 1) % 2], slab * kSlabSteps + step + 1);
-                }
-            }
-            wgmma_wait<0>();
-            wgmma_settle(hidden);
+            rows.multiply(T{}, hidden, slabs, t.expand_pieces);
 #pragma unroll
             for (int slab = 0; slab < kWideSlabs; slab++) {
 #pragma unroll
@@ -211,22 +228,22 @@ Task wide_task_of(const ExpandProject& p) {
     return t;
 }
 
-// A CTA's shared memory: the ring, 16 zeros, the window, the taps.
+// A CTA's shared memory: the ring and whatever else comes `first`, 16 zeros, the window, the taps.
 template <typename T>
 struct WideShared {
     unsigned char* ring;
     T *zeros, *window;
     int* taps;
 
-    LK_DEVICE explicit WideShared(const Task& t) {
+    LK_DEVICE WideShared(const Task& t, int first) {
         ring = dynamic_shared();
-        zeros = reinterpret_cast<T*>(ring + kSlabStages * kSlabBytes);
+        zeros = reinterpret_cast<T*>(ring + first);
         window = zeros + kGroup;
         taps = reinterpret_cast<int*>(window + t.layout.rows * t.layout.pitch);
     }
 
-    static size_t bytes(const Task& t) {
-        return kSlabStages * kSlabBytes + (kGroup + static_cast<size_t>(t.layout.rows) * t.layout.pitch) * 2 + t.steps * sizeof(int);
+    static size_t bytes(const Task& t, int first) {
+        return first + (kGroup + static_cast<size_t>(t.layout.rows) * t.layout.pitch) * 2 + t.steps * sizeof(int);
     }
 };
 

@@ -3,7 +3,8 @@
 // Budget of a CTA (384 or 256 threads), with c input channels rounded up to 16 and w pixels of window:
 //   shared memory  80 KB of weights under way + 2 (c + 8) w bytes
 //   registers      168 a thread with three warpgroups, 255 with two; one CTA an SM
-//   from L2        window and weights once a CTA, of 192 or 128 rows
+//   from L2        window, weights and residual once a CTA, of 192 or 128 rows; LowFormer-B1's 14x14x128, 192 rows, L1 keeping all to nothing:
+//                  1369 to 1418 KB an image
 #include "expand_project_sm90.cuh"
 
 namespace lowkernels {
@@ -13,16 +14,16 @@ template <typename T, typename C>
 LK_KERNEL(C::kThreads, 1)
 fused_mbconv_sm90(Task t) {
     if constexpr (kWarpgroupProducts) {
-        const WideShared<T> shared(t);
+        const WideShared<T> shared(t, C::kRing);
         const Pixels pixels = pixels_of(t.p.g, block_x());
         if (thread_index() < kGroup / 4) *reinterpret_cast<Bits4*>(shared.zeros + thread_index() * 4) = {};
         copy_window<T, C::kWarps>(t, pixels, shared.window);
-        Slabs<C> slabs(t, shared.ring);
+        Slabs<C> slabs(static_cast<const Bits8*>(t.p.expand), t.chunks * t.pieces, shared.ring);
         make_taps<C::kWarps>(t, shared.taps);
-        cp_async_wait<kSlabsAhead>();
+        cp_async_wait<Slabs<C>::kAhead>();
         block_sync();  // the window, the zeros and the taps are there
         WideProducts<T, C> products;
-        products.run(t, pixels, shared.window, shared.taps, shared_address(shared.zeros), slabs);
+        products.run(t, WindowRows(t, pixels, shared.window, shared.taps, shared.zeros), slabs);
         products.store(t, pixels);
     } else {
         refuse();
@@ -33,7 +34,7 @@ template <typename C, typename T>
 int launch_config(const ExpandProject& p, void* stream) {
     const Task task = wide_task_of<C>(p);
     if (!C::serves(p.g)) return kNoSuchConfig;
-    return launch(fused_mbconv_sm90<T, C>, wide_grid_of(p.g), C::kThreads, WideShared<T>::bytes(task), stream, task);
+    return launch(fused_mbconv_sm90<T, C>, wide_grid_of(p.g), C::kThreads, WideShared<T>::bytes(task, C::kRing), stream, task);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ LK_DEVICE uint64_t matrix_descriptor(uint32_t start, uint32_t rows_stride, uint3
 
 // A slab: 64 of depth times up to 128 columns of weights, one row of 128 bytes for each column, swizzled.
 constexpr int kSlabDepth = 64, kSlabColumns = 128, kSlabSteps = kSlabDepth / 16;
-constexpr int kSlabBytes = kSlabDepth * kSlabColumns * 2;
+constexpr int kSlabBytes = kSlabDepth * kSlabColumns * 2, kSlabUnits = kSlabBytes / 16;
 
 // The second operand of the step of depth 16 number `step` of the slab at shared address `slab`.
 LK_DEVICE uint64_t slab_operand(uint32_t slab, int step) { return matrix_descriptor(slab + step * 32, 1024, 16, kSwizzle128); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+import lowkernels
 from lowkernels.backends import cuda
-from lowkernels.backends.cuda import chains, hopper, launch, tiling
+from lowkernels.backends.cuda import chains, hopper, hopper_conv, launch, tiling
 from lowkernels.choosing import settings
 from lowkernels.ops import OPERATORS
+from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import check_call, random_call
 from tests.cuda import cases, execution
 
-NAMES = ("fused_mbconv_sm90", "gn_mlp_sm90")
-OPERATORS_SERVED = ("fused_mbconv", "gn_mlp")
+OPERATORS_SERVED = ("conv_act", "fused_mbconv", "gn_mlp")
+NAMES = tuple(f"{name}_sm90" for name in OPERATORS_SERVED)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 H200 = tiling.Device(227 * 1024, 228 * 1024, 132)
 NUMBERS = "numbers"
@@ -43,48 +46,89 @@ SHAPES: list[tuple[str, int, dict[str, Any]]] = [
     ("gn_mlp", 2, {"channels": 100, "hidden": 260, "height": 7, "width": 7, "batch": 3}),
     ("gn_mlp", 3, {"channels": 256, "hidden": 256, "height": 7, "width": 7, "batch": 3}),
     ("gn_mlp", 1, {"channels": 72, "hidden": 132, "height": 31, "width": 31, "batch": 1}),
+    ("conv_act", 0, {"channels": 128, "out_channels": 384, "height": 14, "width": 14, "batch": 1}),
+    ("conv_act", 0, {"channels": 20, "out_channels": 36, "height": 9, "width": 7, "stride": 2, "batch": 5}),
+    ("conv_act", 1, {"channels": 36, "out_channels": 260, "height": 3, "width": 90, "kernel_size": 5, "batch": 1, "act": "silu"}),
+    ("conv_act", 1, {"channels": 4, "out_channels": 4, "height": 1, "width": 1, "batch": 1, "act": "gelu"}),
+    ("conv_act", 1, {"channels": 256, "out_channels": 256, "height": 7, "width": 7, "kernel_size": 1, "pool": True, "batch": 3}),
+    ("conv_act", 0, {"channels": 72, "out_channels": 132, "height": 5, "width": 6, "pool": True, "residual": True, "batch": 7}),
+    ("conv_act", 0, {"channels": 12, "out_channels": 20, "height": 13, "width": 14, "pool": True, "batch": 2, "act": "none"}),
 ]
 
-CHAIN = "expand_project_sm90.cuh"
-# (operator, file, what is changed, into what, how it has to be noticed)
+CHAIN, CONV = "expand_project_sm90.cuh", "conv_act_sm90.cu"
+# (case of BROKEN, file, what is changed, into what, how it has to be noticed)
 BREAKAGES = [
     ("fused_mbconv", CHAIN, "        fence_proxy_async();\n", "", "unfenced"),
-    ("fused_mbconv", CHAIN, "cp_async_wait<kSlabsAhead - 1>", "cp_async_wait<kSlabsAhead>", "pending"),
+    ("fused_mbconv", CHAIN, "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>", "pending"),
     ("fused_mbconv", CHAIN, "block_sync();  // the slab", "// the slab", "race"),
-    ("fused_mbconv", CHAIN, "kSlabStages - 2", "kSlabStages - 1", "race"),
-    ("fused_mbconv", CHAIN, "wgmma_wait<1>();\n                    load", "load", "pending"),
+    ("fused_mbconv", CHAIN, "C::kStages - 2", "C::kStages - 1", "race"),
+    ("fused_mbconv", CHAIN, "wgmma_wait<1>();\n                load", "load", "pending"),
     ("fused_mbconv", CHAIN, "load(a[(step + 1) % 2]", "load(a[step % 2]", "pending"),
-    ("fused_mbconv", CHAIN, "wgmma_fence();\n                    wgmma(", "wgmma(", "unfenced"),
+    ("fused_mbconv", CHAIN, "wgmma_fence();\n                wgmma(", "wgmma(", "unfenced"),
     ("fused_mbconv", CHAIN, "wgmma_fence();\n                        wgmma(", "wgmma(", "unfenced"),
-    ("fused_mbconv", CHAIN, "wgmma_wait<0>();\n            wgmma_settle(hidden)", "wgmma_settle(hidden)", "pending"),
+    ("fused_mbconv", CHAIN, "wgmma_wait<0>();\n        wgmma_settle(sums)", "wgmma_settle(sums)", "pending"),
     ("fused_mbconv", CHAIN, "wgmma_wait<0>();\n#pragma unroll\n        for (int part", "for (int part", "pending"),
     ("fused_mbconv", CHAIN, "kParts > 1 ? kSlabSteps : 2", "1", "pending"),
     ("fused_mbconv", CHAIN, "kParts > 1 ? kSlabSteps : 2", "2", NUMBERS),
     (
         "fused_mbconv",
         CHAIN,
-        "hidden, a[step % 2], slab_operand(weights, step)",
-        "hidden, a[step % 2], slab_operand(weights, 0)",
+        "sums, a[step % 2], slab_operand(weights, step)",
+        "sums, a[step % 2], slab_operand(weights, 0)",
         NUMBERS,
     ),
     ("fused_mbconv", CHAIN, "slab + step > 0", "true", NUMBERS),
     ("fused_mbconv", CHAIN, "chunk + group > 0", "group > 0", NUMBERS),
     ("fused_mbconv", CHAIN, "channel += kWideChunk;", "", NUMBERS),
-    ("fused_mbconv", CHAIN, "step < t.steps ? row + taps[step] : zeros", "row + taps[step]", "bounds"),
+    ("fused_mbconv", CHAIN, "step < steps ? row + taps[step] : zeros", "row + taps[step]", "bounds"),
     ("fused_mbconv", CHAIN, "if (!pixel.live) continue;", "", "bounds"),
     ("fused_mbconv", CHAIN, "if (first + group * kGroup >= p.g.co) continue;", "", "bounds"),
     ("fused_mbconv", "fused_mbconv_sm90.cu", "thread_index() * 4) = {};", "0) = {};", "unwritten"),
     ("fused_mbconv", "fused_mbconv_sm90.cu", "        block_sync();", "", "race"),
-    ("fused_mbconv", "fused_mbconv_sm90.cu", "cp_async_wait<kSlabsAhead>();", "", "pending"),
+    ("fused_mbconv", "fused_mbconv_sm90.cu", "cp_async_wait<Slabs<C>::kAhead>();", "", "pending"),
     ("fused_mbconv", "warpgroup.cuh", "step * 32, 1024, 16, kSwizzle128", "step * 32, 1024, 16, kSwizzle64", NUMBERS),
-    ("gn_mlp", "gn_mlp_sm90.cu", "cp_async_wait<kSlabsAhead>();", "", "pending"),
+    ("gn_mlp", "gn_mlp_sm90.cu", "cp_async_wait<Slabs<C>::kAhead>();", "", "pending"),
     ("gn_mlp", "gn_mlp_sm90.cu", "        block_sync();", "", "race"),
     ("gn_mlp", "gn_mlp_sm90.cu", "2 * C::kWarps * sizeof(float)", "0", "bounds"),
+    ("conv_act", CONV, "cp_async_wait<Slabs<C>::kAhead>();", "", "pending"),
+    ("conv_act", CONV, "        block_sync();  // the window", "        // the window", "race"),
+    ("conv_act", CONV, " && row + 8 * half < left;", ";", "bounds"),
+    ("conv_act", CONV, "row + 8 * half < c.t.p.g.tile_w && ", "", "twice"),
+    ("conv_act", CONV, "if (column + group * kGroup >= p.g.co) continue;", "", "bounds"),
+    ("conv_act", CONV, "p.expand_bias + (at < p.g.co ? at : 0)", "p.expand_bias + at", "bounds"),
+    ("conv_act", CONV, "from + (at < p.g.co ? at : 0)", "from + at", "bounds"),
+    ("conv_act", CONV, "static_cast<int64_t>(first) * t.pieces * kSlabUnits", "0", NUMBERS),
+    ("conv_act", CONV, "(end - first) * t.pieces", "t.pieces", NUMBERS),
+    ("conv_act", CONV, "const int first = block_y() * c.blocks", "const int first = 0", "twice"),
+    ("conv_act", CONV, "sums[2 * group + i / 2][2 * half + i % 2]", "sums[2 * group + i % 2][2 * half + i / 2]", NUMBERS),
+    ("conv_act", CHAIN, "wgmma_wait<0>();\n        wgmma_settle(sums)", "wgmma_settle(sums)", "pending"),
+    ("pool", CONV, "block_sync();  // the sums", "// the sums", "race"),
+    ("pool", CONV, "C::kRing + totals);\n    if (dtype", "C::kRing);\n    if (dtype", "bounds"),
+    ("pool", CONV, "const WideShared<T> shared(t, C::kRing + totals)", "const WideShared<T> shared(t, C::kRing)", NUMBERS),
+    ("pool", CONV, "fold<4>(v, 8);", "", NUMBERS),
+    ("pool", CONV, "upper = row >= begin && row < end", "upper = row < end", NUMBERS),
+    ("pool", CONV, "lower = row + 8 >= begin && row + 8 < end", "lower = row + 8 >= begin", NUMBERS),
+    ("pool", CONV, "static_cast<int64_t>(image) * pixels >= left || ", "", "bounds"),
+    ("pool", CONV, "warp * 16 < (image + 1) * pixels; warp++", "warp < C::kWarps; warp++", "unwritten"),
 ]
 BROKEN: dict[str, dict[str, Any]] = {
     "fused_mbconv": {"channels": 20, "hidden": 260, "out_channels": 132, "height": 9, "width": 7, "batch": 3},
     "gn_mlp": {"channels": 132, "hidden": 260, "height": 9, "width": 7, "batch": 3},
+    "conv_act": {"channels": 20, "out_channels": 260, "height": 14, "width": 14, "residual": True, "batch": 1},
+    "pool": {"channels": 20, "out_channels": 260, "height": 9, "width": 7, "pool": True, "batch": 3},
 }
+# Two CTAs share the columns, one of them makes two blocks of them; the last CTA is not full.
+TILES = {"conv_act": hopper_conv.Tile(110, 2, 1), "pool": hopper_conv.Tile(126, 2, 1)}
+
+
+def operator_of(case: str) -> str:
+    return "conv_act" if case == "pool" else case
+
+
+def configs_of(operator: str) -> set[int]:
+    """The numbers of an operator's compiled shapes."""
+    configs: tuple[Any, ...] = hopper_conv.CONFIGS if operator == "conv_act" else hopper.CONFIGS
+    return {config.number for config in configs}
 
 
 @pytest.fixture
@@ -105,8 +149,12 @@ class NotTaken(Exception):
     """The tier leaves a call to the other kernels."""
 
 
-def not_taken(*args: object) -> None:
-    raise NotTaken
+class Others:
+    """In the place of an operator of the other kernels."""
+
+    @staticmethod
+    def default(*args: object) -> None:
+        raise NotTaken
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,17 +172,20 @@ def test_shapes(kernels: Path, operator: str, config: int, shape: dict[str, Any]
 
 @pytest.mark.parametrize("operator", OPERATORS_SERVED)
 def test_contract(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
-    monkeypatch.setattr(chains, "choose", not_taken)
+    monkeypatch.setattr(torch.ops.lowkernels_cuda, operator, Others())
     served = 0
     for number, shape in enumerate(cases.random_cases(operator, 12)):
         call = random_call(operator, dtype=(torch.float16, torch.bfloat16)[number % 2], **shape)
-        out_channels = OPERATORS[operator].infer_shape(*call.args)[1]
-        wide = [c.number for c in hopper.CONFIGS if -(-out_channels // 128) == c.parts and out_channels <= c.columns]
+        wide = sorted(configs_of(operator))
+        if operator != "conv_act":
+            out_channels = OPERATORS[operator].infer_shape(*call.args)[1]
+            wide = [c.number for c in hopper.CONFIGS if -(-out_channels // 128) == c.parts and out_channels <= c.columns]
         with execution.watched(kernels) as outcome, hopper.forced(wide[number % len(wide)]), contextlib.suppress(NotTaken):
             check_call(operator, call.args, "cuda")
         assert not outcome.reports, "\n".join(outcome.reports)
         served += outcome.blocks > 0
-    assert served >= 10
+    # conv_act has any channels; the tier takes multiples of four.
+    assert served >= (3 if operator == "conv_act" else 10)
 
 
 @pytest.mark.parametrize("operator", OPERATORS_SERVED)
@@ -146,7 +197,7 @@ def test_opcheck(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) 
             calls.append(args)
 
     overload = getattr(torch.ops.lowkernels_cuda, name).default
-    with monkeypatch.context() as patch, hopper.forced(2):
+    with monkeypatch.context() as patch, hopper.forced(0):
         patch.setattr(torch.ops.lowkernels_cuda, name, Recorder())
         execution.run(operator, random_call(operator, channels=16, dtype=torch.float16).args)
     (args,) = calls
@@ -154,26 +205,32 @@ def test_opcheck(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) 
         torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("operator", OPERATORS_SERVED)
-def test_each_barrier_is_needed(kernels: Path, operator: str) -> None:
-    call = random_call(operator, dtype=torch.float16, **BROKEN[operator])
-    with execution.watched(kernels) as intact, hopper.forced(3):
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_barrier_is_needed(kernels: Path, case: str) -> None:
+    operator = operator_of(case)
+    config = max(configs_of(operator))
+    call = random_call(operator, dtype=torch.float16, **BROKEN[case])
+    with execution.watched(kernels) as intact, hopper.forced(config):
         execution.run(operator, call.args)
     assert not intact.reports
     assert {name.split(":")[0] for name in intact.barriers} >= {f"{operator}_sm90.cu", "expand_project_sm90.cuh"}
     for barrier in intact.barriers:
-        with execution.watched(kernels, skip=barrier) as mutated, hopper.forced(3):
+        with execution.watched(kernels, skip=barrier) as mutated, hopper.forced(config):
             execution.run(operator, call.args)
         assert any(report.startswith("race") for report in mutated.reports), f"{barrier} orders nothing"
 
 
 def variant(operator: str, change: tuple[str, str, str] | None) -> Path:
-    """One operator's kernels for fp16 and 256 columns, with one change."""
-    replacements = [
-        ("expand_project_sm90.cuh", "X(0, 3, 64) X(1, 3, 128) X(2, 2, 128) X(3, 2, 256)", "X(3, 2, 256)"),
+    """One operator's kernels for fp16 and the last of its shapes, with one change."""
+    chain = [
+        (CHAIN, "X(0, 3, 64) X(1, 3, 128) X(2, 2, 128) X(3, 2, 256)", "X(3, 2, 256)"),
         (f"{operator}_sm90.cu", "launch_config<WideChain<warpgroups, columns>, bf16_t>(p, stream);", "1;"),
-        *([change] if change else []),
     ]
+    convolution = [
+        (CONV, "X(0, 3, 5, 1) X(1, 2, 3, 2)", "X(1, 2, 3, 2)"),
+        (CONV, "return launch(conv_act_sm90<bf16_t, C, POOL>, grid, C::kThreads, shared, stream, c);", "return 1;"),
+    ]
+    replacements = [*(convolution if operator == "conv_act" else chain), *([change] if change else [])]
 
     def changed(file: str, text: str) -> str:
         for _, old, new in (r for r in replacements if r[0] == file):
@@ -184,10 +241,13 @@ def variant(operator: str, change: tuple[str, str, str] | None) -> Path:
     return execution.kernels({file: partial(changed, file) for file, _, _ in replacements}, (f"{operator}_sm90",))
 
 
-def symptoms(operator: str, library: Path) -> set[str]:
-    call = random_call(operator, dtype=torch.float16, **BROKEN[operator])
+def symptoms(case: str, library: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    operator = operator_of(case)
+    call = random_call(operator, dtype=torch.float16, **BROKEN[case])
+    if case in TILES:
+        monkeypatch.setattr(hopper_conv, "divisions", lambda *args: [TILES[case]])
     found = set()
-    with execution.watched(library) as outcome, hopper.forced(3):
+    with execution.watched(library) as outcome, hopper.forced(max(configs_of(operator))):
         try:
             check_call(operator, call.args, "cuda")
         except AssertionError:
@@ -198,14 +258,16 @@ def symptoms(operator: str, library: Path) -> set[str]:
     return found | {report.split(" at ")[0] for report in outcome.reports}
 
 
-@pytest.mark.parametrize("operator", OPERATORS_SERVED)
-def test_intact_kernels_have_no_symptoms(on_hopper: None, operator: str) -> None:
-    assert symptoms(operator, variant(operator, None)) == set()
+@pytest.mark.parametrize("case", BROKEN)
+def test_intact_kernels_have_no_symptoms(on_hopper: None, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    assert symptoms(case, variant(operator_of(case), None), monkeypatch) == set()
 
 
-@pytest.mark.parametrize(("operator", "file", "old", "new", "noticed"), BREAKAGES, ids=lambda text: str(text).strip()[:40])
-def test_breakage_is_noticed(on_hopper: None, operator: str, file: str, old: str, new: str, noticed: str) -> None:
-    assert noticed in symptoms(operator, variant(operator, (file, old, new)))
+@pytest.mark.parametrize(("case", "file", "old", "new", "noticed"), BREAKAGES, ids=lambda text: str(text).strip()[:40])
+def test_breakage_is_noticed(
+    on_hopper: None, monkeypatch: pytest.MonkeyPatch, case: str, file: str, old: str, new: str, noticed: str
+) -> None:
+    assert noticed in symptoms(case, variant(operator_of(case), (file, old, new)), monkeypatch)
 
 
 def test_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,19 +294,21 @@ def shape_of(batch: int, channels: int, size: int, out_channels: int, stride: in
 
 
 def test_plan_asks_for_what_the_launcher_asks_for(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned: list[chains.Shape] = []
+    planned: list[Any] = []
 
-    def divisions(shape: chains.Shape, device: tiling.Device, config: int | None = None) -> list[tiling.Tile]:
-        planned.append(shape)
-        return inner(shape, device, config)
+    def remember(inner: Callable[..., list[Any]], *args: Any) -> list[Any]:
+        planned.append(args[0])
+        return inner(*args)
 
-    inner = hopper.divisions
-    monkeypatch.setattr(hopper, "divisions", divisions)
+    for module in (hopper, hopper_conv):
+        monkeypatch.setattr(module, "divisions", partial(remember, module.divisions))
     for operator, config, shape in SHAPES:
-        call = random_call(operator, dtype=torch.float16, **{**shape, "hidden": 8, "batch": 1})
+        fewer = {"batch": 1} if operator == "conv_act" else {"hidden": 8, "batch": 1}
+        call = random_call(operator, dtype=torch.float16, **{**shape, **fewer})
         with execution.watched(kernels) as outcome, hopper.forced(config):
             execution.run(operator, call.args)
-        assert outcome.shared == hopper.shared_bytes(planned[-1], inner(planned[-1], H200, config)[0])
+        plan: Any = hopper_conv if operator == "conv_act" else hopper
+        assert outcome.shared == plan.shared_bytes(planned[-1], plan.divisions(planned[-1], H200, config)[0])
 
 
 def test_plan(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +343,33 @@ def test_plan(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
         chosen(256, 128, 14, 128)
 
 
+def test_plan_of_convolutions(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_check", lambda operator, x: "")
+
+    def chosen(batch: int, channels: int, size: int, out_channels: int, kernel: int = 3, pool: bool = False) -> Any:
+        x = torch.empty(batch, channels, size, size, device="meta")
+        plan = conv_act._plan(x, torch.empty(out_channels, channels, kernel, kernel, device="meta"), 1, kernel // 2, pool)
+        return hopper_conv.choose(plan.conv, x, plan.cost)
+
+    # The head of LowFormer-B1: whole images. Dense layers: three warpgroups where the window leaves room for them.
+    assert chosen(256, 256, 7, 1536, 1, pool=True) == hopper_conv.Tile(98, 2, 1)
+    assert chosen(256, 128, 14, 512) == hopper_conv.Tile(192, 1, 0)
+    # One image, an image of three channels, an image of more pixels than a CTA has rows, a single row: the kernels of every GPU.
+    assert chosen(1, 256, 7, 1536, 1, pool=True) is None
+    assert chosen(256, 3, 224, 16) is None
+    assert chosen(256, 256, 14, 1536, 1, pool=True) is None
+    assert chosen(1, 1536, 1, 1600, 1) is None
+    monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_80")
+    assert chosen(256, 256, 7, 1536, 1, pool=True) is None
+    monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_90a")
+    assert chosen(1, 256, 7, 1536, 1, pool=True) is not None
+    assert chosen(256, 3, 224, 16) is None
+
+
 def test_other_devices_pack_nothing() -> None:
     call = random_call("fused_mbconv", dtype=torch.float16)
     assert hopper.pack(*call.args[1:4]) == []
+    assert hopper_conv.pack(call.args[1]) == []
     assert hopper.unusable(torch.device("cpu")) == "it is for NVIDIA GPUs, not for cpu"
 
 
@@ -312,7 +400,7 @@ def test_where_the_tier_runs(
 
 @pytest.mark.parametrize("operator", OPERATORS_SERVED)
 def test_check_meets_every_compiled_shape(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
-    assert {config for config, _ in hopper._CASES[operator]} == {config.number for config in hopper.CONFIGS}
+    assert {config for config, _ in hopper._CASES[operator]} == configs_of(operator)
     x = torch.empty(0, dtype=torch.float16)
     with execution.watched(kernels) as outcome:
         assert hopper.refusal(operator, x) == ""
@@ -327,7 +415,7 @@ def test_tier_that_fails_its_check_is_not_used(
     change = ("warpgroup.cuh", "step * 32, 1024, 16, kSwizzle128", "step * 32, 1024, 16, kSwizzle64")
     library = variant("fused_mbconv", change)
     monkeypatch.setattr(hopper, "_CASES", {"fused_mbconv": ((3, BROKEN["fused_mbconv"]),)})
-    monkeypatch.setattr(chains, "choose", not_taken)
+    monkeypatch.setattr(torch.ops.lowkernels_cuda, "fused_mbconv", Others())
     monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_90a")
     call = random_call("fused_mbconv", channels=16, out_channels=132, hidden=32, dtype=torch.float16)
     with execution.watched(library), caplog.at_level(logging.WARNING, "lowkernels"), pytest.raises(NotTaken):
@@ -336,6 +424,25 @@ def test_tier_that_fails_its_check_is_not_used(
     assert "gave wrong numbers" in reason
     assert f"warpgroup products are not used for torch.float16: {reason}" in caplog.text
     assert f"without warpgroup products: fused_mbconv in torch.float16: {reason}" in hopper.describe()
+    # Calls that it would have served say so, and no others.
+    with lowkernels.use_backend("cuda"):
+        assert OPERATORS["fused_mbconv"].explain(*call.args).reason.endswith(f"; without warpgroup products: {reason}")
+        wider = random_call("fused_mbconv", channels=16, out_channels=300, hidden=32, dtype=torch.float16)
+        assert "warpgroup" not in OPERATORS["fused_mbconv"].explain(*wider.args).reason
+        monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_80")
+        assert "warpgroup" not in OPERATORS["fused_mbconv"].explain(*call.args).reason
+
+
+def test_failed_check_is_in_the_report(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_check", lambda operator, x: "a reason")
+    monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_90a")
+    model = torch.nn.Sequential(lowkernels.nn.FusedMBConv(16, 16, backend="cuda")).half().eval()
+    with execution.watched(execution.kernels()) as outcome, torch.no_grad():
+        model(torch.zeros(2, 16, 5, 5, dtype=torch.float16))
+    assert outcome.blocks
+    (row,) = lowkernels.report(model)
+    assert row.ran_on == "cuda"
+    assert row.reason.endswith("; without warpgroup products: a reason")
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,10 @@ _PREBUILT = "lowkernels_cuda.so"
 _VERSION = b"lowkernels-cuda-version:"
 _COMPILED_FOR = b"lowkernels-cuda-architectures:"
 
-_KERNELS = ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "fused_mbconv_sm90", "gn_mlp", "gn_mlp_sm90", "lowtention")
+_KERNELS: tuple[str, ...] = ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "gn_mlp", "lowtention")
+_KERNELS += ("conv_act_sm90", "fused_mbconv_sm90", "gn_mlp_sm90")
 # The Python files that lay out what the library is called with.
-_ARGUMENTS = ("library.py", "pack.py", "tiling.py", "chains.py", "hopper.py")
+_ARGUMENTS = ("library.py", "pack.py", "tiling.py", "chains.py", "hopper.py", "hopper_conv.py")
 # -Xptxas=-v: what each kernel takes of registers and memory, for the logger.
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 # TORCH_TARGET_VERSION 2.10: nothing newer than that release's ABI is used.

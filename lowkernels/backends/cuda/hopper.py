@@ -1,8 +1,10 @@
-"""The tier of compute capability 9.0: fused_mbconv and gn_mlp by warpgroup products (``csrc/cuda/expand_project_sm90.cuh``).
+"""The tier of compute capability 9.0: fused_mbconv and gn_mlp by warpgroup products (``csrc/cuda/expand_project_sm90.cuh``), and
+what conv_act's part of it (:mod:`.hopper_conv`) shares with them.
 
 It stands beside the kernels every GPU runs: weights are packed for both, and each call takes the one that is estimated to be
 faster. Before its first use for an operator, device and dtype the tier has to pass calls of its own that meet each compiled shape;
-if it fails, the others serve, the ``lowkernels`` logger gets a warning, and the backend's description says why.
+if it fails, the others serve, and the ``lowkernels`` logger, the backend's description and the reports of calls that the tier would
+have served say why.
 
 ``LOWKERNELS_CUDA_TIER=sm_80`` turns the tier off; ``sm_90a`` takes it wherever a call fits.
 """
@@ -12,10 +14,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +32,10 @@ ARCHITECTURE = "9.0a"
 # A slab of weights, as csrc/cuda/warpgroup.cuh has it: 64 of depth times 128 columns.
 SLAB_DEPTH = 64
 SLAB_COLUMNS = 128
-_SLAB_BYTES = 2 * SLAB_DEPTH * SLAB_COLUMNS
-# csrc/cuda/expand_project_sm90.cuh: kSlabStages.
+SLAB_BYTES = 2 * SLAB_DEPTH * SLAB_COLUMNS
+# A warpgroup's products on a slab take so many cycles of the tensor cores, and some tenth more of waiting for each other.
+SLAB_CYCLES, WAITING = 256, 1.1
+# csrc/cuda/expand_project_sm90.cuh: kStages of WideChain.
 _STAGES = 5
 
 _log = logging.getLogger("lowkernels")
@@ -66,6 +70,12 @@ _checked: dict[tuple[str, torch.device, torch.dtype], str] = {}
 # Calls that meet every compiled shape between them: several CTAs, the last of them not full, with rows of several images, slabs
 # that are not full, and both strides.
 _CASES: dict[str, tuple[tuple[int, dict[str, int]], ...]] = {
+    "conv_act": (
+        (0, {"out_channels": 200, "residual": True}),
+        (0, {"channels": 132, "out_channels": 260, "kernel_size": 1, "height": 7, "width": 7, "pool": True}),
+        (1, {"channels": 20, "out_channels": 136, "stride": 2}),
+        (1, {"channels": 72, "height": 7, "width": 6, "pool": True, "residual": True}),
+    ),
     "fused_mbconv": (
         (0, {"channels": 20, "out_channels": 40, "hidden": 140}),
         (0, {"channels": 64, "out_channels": 64, "stride": 2}),
@@ -123,7 +133,12 @@ def shared_bytes(shape: chains.Shape, tile: Tile) -> int:
     """Shared memory of one CTA, as the launchers ask for it."""
     rows, pitch = chains.window(shape, tile)
     steps = shape.kernel**2 * shape.depth // STEP
-    return _STAGES * _SLAB_BYTES + 2 * (16 + rows * pitch) + 4 * steps + 8 * 4 * CONFIGS[tile.config].warpgroups * shape.norm
+    return _STAGES * SLAB_BYTES + 2 * (16 + rows * pitch) + 4 * steps + 8 * 4 * CONFIGS[tile.config].warpgroups * shape.norm
+
+
+def l2_rate(ctas: int, device: Device) -> float:
+    """Bytes a cycle that each of so many CTAs gets from the L2 cache: a few have it to themselves."""
+    return chains.L2_BYTES * min(2.0, max(1.0, device.processors / ctas))
 
 
 def _cost(shape: chains.Shape, tile: Tile, device: Device) -> float:
@@ -133,10 +148,7 @@ def _cost(shape: chains.Shape, tile: Tile, device: Device) -> float:
     ctas = -(-shape.batch * height * width // tile.width)
     chunks = -(-shape.expanded // SLAB_COLUMNS)
     slabs = chunks * (-(-(shape.kernel**2 * shape.depth) // SLAB_DEPTH) + SLAB_COLUMNS // SLAB_DEPTH * config.parts)
-    # A warpgroup's products on a slab take 256 cycles of the tensor cores, and some tenth more of waiting for each other.
-    # A few CTAs have the L2 cache to themselves.
-    rate = chains.L2_BYTES * min(2.0, max(1.0, device.processors / ctas))
-    products = slabs * max(1.1 * 256 * config.warpgroups, _SLAB_BYTES / rate)
+    products = slabs * max(WAITING * SLAB_CYCLES * config.warpgroups, SLAB_BYTES / l2_rate(ctas, device))
     return -(-ctas // device.processors) * (products + chains.around(shape, tile))
 
 
@@ -160,21 +172,56 @@ def _faster(shape: chains.Shape, device: Device) -> Tile | None:
 
 def choose(operator: str, shape: chains.Shape, x: Tensor) -> Tile | None:
     """The division by warpgroups of a call with weights packed for them; None where the other kernels are to serve it."""
-    device, config, setting, asked = tiling.device_of(x), _forced.get(), settings.current(), _asked()
+    return accepted(operator, x, _wanted(shape, x))
+
+
+def _wanted(shape: chains.Shape, x: Tensor) -> Tile | None:
+    device = tiling.device_of(x)
+    return wanted(lambda config: divisions(shape, device, config), lambda: _faster(shape, device))
+
+
+def remark(operator: str, shape: chains.Shape, x: Tensor) -> str | None:
+    """What :func:`said` says of a call."""
+    return said(operator, x, lambda: _wanted(shape, x))
+
+
+AnyTile = TypeVar("AnyTile", bound=NamedTuple)
+
+
+def wanted(divisions: Callable[[int | None], Sequence[AnyTile]], faster: Callable[[], AnyTile | None]) -> AnyTile | None:
+    """The division by warpgroups that a call is to have if the tier passes its check: what is forced, the call's setting or
+    :data:`TIER_VARIABLE` says, else ``faster``'s; None for the other kernels.
+
+    Args:
+        divisions: every division that fits, the cheapest first; of one config, if it is named.
+        faster: the cheapest one, or None where the other kernels are estimated to be faster.
+    """
+    config, setting, asked = _forced.get(), settings.current(), _asked()
     if config is not None:
-        return next(iter(divisions(shape, device, config)), None)
+        return next(iter(divisions(config)), None)
     if asked == "sm_80":
         return None
     if setting:
-        tile = next((tile for tile in divisions(shape, device) if setting == _setting(tile)), None)
-    elif asked == "sm_90a":
-        tile = next(iter(divisions(shape, device)), None)
-    else:
-        tile = _faster(shape, device)
-    return None if tile is None or refusal(operator, x) else tile
+        return next((tile for tile in divisions(None) if setting == setting_of(tile)), None)
+    return next(iter(divisions(None)), None) if asked == "sm_90a" else faster()
 
 
-def _setting(tile: Tile) -> dict[str, int]:
+def accepted(operator: str, x: Tensor, tile: AnyTile | None) -> AnyTile | None:
+    """``tile`` if the tier passes its check for calls like ``x``, or is forced."""
+    return None if tile is None or (_forced.get() is None and refusal(operator, x)) else tile
+
+
+def said(operator: str, x: Tensor, want: Callable[[], NamedTuple | None]) -> str | None:
+    """Why a call that ``want`` has a division by warpgroups for is served without: the check failed; None where there is nothing to
+    say."""
+    if unusable(x.device) is not None or _forced.get() is not None or want() is None or not refusal(operator, x):
+        return None
+    # A refusal that will not last is none of a plan's business.
+    reason = _checked.get((operator, x.device, x.dtype))
+    return f"without warpgroup products: {reason}" if reason else None
+
+
+def setting_of(tile: NamedTuple) -> dict[str, int]:
     """What a tuner calls a division of this tier; those of the others have no ``tier``."""
     return {**tile._asdict(), "tier": 90}
 
@@ -184,7 +231,7 @@ def candidates(operator: str, shape: chains.Shape, x: Tensor) -> list[dict[str, 
     if unusable(x.device) is not None:
         return []
     device, chosen = tiling.device_of(x), choose(operator, shape, x)
-    found = [_setting(tile) for tile in divisions(shape, device) if tile != chosen]
+    found = [setting_of(tile) for tile in divisions(shape, device) if tile != chosen]
     best = chains.choose(shape, device) if chosen is not None else None
     return found[: tiling.CANDIDATES] + ([best._asdict()] if best else [])
 
@@ -241,6 +288,14 @@ def _slabs(matrix: Tensor) -> Tensor:
     return units[:, :, column, exchanged].reshape(depth, columns, -1)
 
 
+def convolution(weight: Tensor) -> Tensor:
+    """A dense convolution (O, C, k, k) in slabs: for each 128 output channels, depth (tap row, tap column, C rounded up to 16)."""
+    width, channels, size, _ = weight.shape
+    taps = weight.new_zeros(size, size, rounded_up(channels, STEP), width)
+    taps[:, :, :channels] = weight.permute(2, 3, 1, 0)
+    return _slabs(_dealt(_padded(taps.reshape(-1, width), SLAB_DEPTH, SLAB_COLUMNS))).transpose(0, 1).reshape(-1)
+
+
 def chain(expand: Tensor, project: Tensor) -> Tensor:
     """The weights of two products back to back, in slabs in the order of their use: for each 128 expanded channels the first
     product's, then the second's.
@@ -252,15 +307,11 @@ def chain(expand: Tensor, project: Tensor) -> Tensor:
     Returns:
         One dimension; depth (tap row, tap column, C rounded up to 16) of the first product, E of the second.
     """
-    expanded, channels, size, _ = expand.shape
-    taps = expand.new_zeros(size, size, rounded_up(channels, 16), expanded)
-    taps[:, :, :channels] = expand.permute(2, 3, 1, 0)
-    first = _slabs(_dealt(_padded(taps.reshape(-1, expanded), SLAB_DEPTH, SLAB_COLUMNS)))
     # Expanded channels are dealt as columns of the first product, so as rows of the second as well.
     behind = _dealt(_padded(project[:, :, 0, 0], SLAB_COLUMNS, SLAB_COLUMNS)).t()
     second = _slabs(_dealt(behind))
-    chunks = first.shape[1]
-    return torch.cat([first.transpose(0, 1).flatten(1), second.reshape(chunks, -1)], 1).reshape(-1)
+    chunks = rounded_up(expand.shape[0], SLAB_COLUMNS) // SLAB_COLUMNS
+    return torch.cat([convolution(expand).reshape(chunks, -1), second.reshape(chunks, -1)], 1).reshape(-1)
 
 
 def pack(expand: Tensor, expand_bias: Tensor | None, project: Tensor) -> list[Tensor]:

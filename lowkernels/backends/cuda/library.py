@@ -14,6 +14,8 @@ SCHEMAS: dict[str, str] = {
     "int padding, int dw_act, int pw_act, bool residual, int[] tile",
     "conv_act": "Tensor x, Tensor weight, Tensor bias, Tensor[] residual, Tensor(a!) out, int kernel, int stride, int padding, "
     "int act, bool pool, int images, int config",
+    "conv_act_sm90": "Tensor x, Tensor slabs, Tensor bias, Tensor[] residual, Tensor(a!) out, int kernel, int stride, int padding, "
+    "int act, bool pool, int images, int pixels, int column_ctas, int config",
     "mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, "
     "Tensor(a!) out, int kernel, int stride, int padding, int act, bool residual, int[] tile",
     "fused_mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor(a!) out, int kernel, "

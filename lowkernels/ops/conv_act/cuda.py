@@ -1,4 +1,7 @@
-"""conv_act in CUDA C++: an implicit product with everything else in its epilogue, one launch, pooling included."""
+"""conv_act in CUDA C++: an implicit product with everything else in its epilogue, one launch, pooling included.
+
+Weights are packed twice where warpgroup products may serve a call: see :mod:`lowkernels.backends.cuda.hopper_conv`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...backends.cuda import launch, tiling
+from ...backends.cuda import chains, hopper_conv, launch, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import ACTIVATION_NUMBERS, GROUP, STEP, rounded_up
 
@@ -53,6 +56,7 @@ def _images(config: Config, batch: int, pixels: int) -> int:
     return max(1, min(_MOST_IMAGES, batch, config.rows // pixels))
 
 
+@functools.lru_cache(maxsize=4096)
 def _cost(config: Config, batch: int, pixels: int, columns: int, depth: int, pool: bool, device: tiling.Device) -> float:
     """Relative time of a call, in cycles of a multiprocessor."""
     if pool:
@@ -78,6 +82,24 @@ def choose(batch: int, pixels: int, columns: int, depth: int, pool: bool, device
     return min(fitting, key=lambda c: _cost(c, batch, pixels, columns, depth, pool, device))
 
 
+class _Plan(NamedTuple):
+    """How one call runs: its shape, and the kernels of every GPU: the shape of a CTA, and what it costs."""
+
+    conv: hopper_conv.Conv
+    config: Config
+    cost: float
+
+
+def _plan(x: Tensor, weight: Tensor, stride: int, padding: int, pool: bool) -> _Plan:
+    columns, _, kernel, _ = weight.shape
+    shape = chains.Shape(*launch.sizes(x), columns, kernel, stride, padding, 0, False)
+    # The mean of one pixel is that pixel.
+    conv = hopper_conv.Conv(shape, pool and shape.output != (1, 1))
+    call = shape.batch, conv.plane, columns, rounded_up(kernel**2 * shape.channels, STEP), conv.pool, tiling.device_of(x)
+    config = choose(*call)
+    return _Plan(conv, config, _cost(config, *call))
+
+
 def unsupported_weights(weight: Tensor, *rest: object) -> str | None:
     return packing.unsupported(weight.dtype) or launch.load()
 
@@ -88,7 +110,21 @@ def unsupported_input(x: Tensor, *args: object) -> str | None:
 
 def pack(weight: Tensor, bias: Tensor | None, *rest: object) -> list[Tensor]:
     matrix = weight.permute(2, 3, 1, 0).flatten(0, 2)
-    return [packing.fragments(matrix), packing.vector(bias, weight, weight.shape[0], GROUP)]
+    return [packing.vector(bias, weight, weight.shape[0], GROUP), packing.fragments(matrix), *hopper_conv.pack(weight)]
+
+
+def remark(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: Tensor | None,
+    pool: bool,
+) -> str | None:
+    plan = _plan(x, weight, stride, padding, pool)
+    return hopper_conv.remark(plan.conv, x, plan.cost)
 
 
 def forward(
@@ -104,21 +140,22 @@ def forward(
 ) -> Tensor:
     if packed is None:
         packed = pack(weight, bias)
-    batch, channels, height, width = x.shape
-    out_channels, kernel = weight.shape[0], weight.shape[2]
-    out_height, out_width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
-    pixels, depth = out_height * out_width, kernel * kernel * channels
-    # The mean of one pixel is that pixel.
-    pooling = pool and pixels > 1
-    config = choose(batch, pixels, out_channels, rounded_up(depth, STEP), pooling, tiling.device_of(x))
+    plan = _plan(x, weight, stride, padding, pool)
+    conv, config = plan.conv, plan.config
+    batch, pixels, kernel, columns = x.shape[0], conv.plane, conv.shape.kernel, weight.shape[0]
     if pool:
-        result = x.new_empty(batch, out_channels)
+        result = x.new_empty(batch, columns)
         out = result[:, :, None, None]
     else:
-        result = out = launch.empty_nhwc(x, (batch, out_channels, out_height, out_width))
+        result = out = launch.empty_nhwc(x, (batch, columns, *conv.shape.output))
     skip = [] if residual is None else [launch.aligned(residual.contiguous(memory_format=torch.channels_last))]
-    images = _images(config, batch, pixels) if pooling else 1
-    torch.ops.lowkernels_cuda.conv_act.default(
-        launch.aligned(x), *packed, skip, out, kernel, stride, padding, ACTIVATION_NUMBERS[act], pooling, images, config.number
-    )
+    packed_bias, fragments, slabs = packed[0], packed[1], packed[2:]
+    tail = packed_bias, skip, out, kernel, stride, padding, ACTIVATION_NUMBERS[act], conv.pool
+    wide = hopper_conv.choose(conv, x, plan.cost) if slabs else None
+    if wide is not None:
+        images = hopper_conv.images_of(conv, wide)
+        torch.ops.lowkernels_cuda.conv_act_sm90.default(launch.aligned(x), *slabs, *tail, images, *wide)
+    else:
+        images = _images(config, batch, pixels) if conv.pool else 1
+        torch.ops.lowkernels_cuda.conv_act.default(launch.aligned(x), fragments, *tail, images, config.number)
     return result

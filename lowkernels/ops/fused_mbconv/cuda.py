@@ -48,6 +48,20 @@ def _shape(x: Tensor, conv_weight: Tensor, project_weight: Tensor, stride: int, 
     return chains.Shape(*launch.sizes(x), project_weight.shape[0], kernel, stride, padding, expanded, False)
 
 
+def remark(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+) -> str | None:
+    return hopper.remark("fused_mbconv", _shape(x, conv_weight, project_weight, stride, padding), x)
+
+
 def candidates(
     x: Tensor,
     conv_weight: Tensor,

@@ -64,6 +64,21 @@ def _shape(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> chains.Shape:
     return chains.Shape(batch, channels, height * width, 1, fc2_weight.shape[0], 1, 1, 0, fc1_weight.shape[0], True)
 
 
+def remark(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    act: str,
+    residual: bool,
+) -> str | None:
+    return hopper.remark("gn_mlp", _shape(x, fc1_weight, fc2_weight), x)
+
+
 def candidates(
     x: Tensor,
     norm_weight: Tensor,
