@@ -2,9 +2,12 @@
 
 A block keeps the children of the module it replaces as its own, under their old names, so parameters and state dict stay what
 they were. In train mode it runs the replaced module's own code. In eval mode it runs the operator on weights with BatchNorm folded
-in and laid out for the backend. Those are kept as non-persistent buffers and follow the parameters: every eager call compares the
-identity, version counter and storage of each source with what they were when the weights were made, and makes them again where
-they differ.
+in and laid out for the backend. Those are kept and follow the parameters: every eager call compares the identity, version counter
+and storage of each source with what they were when the weights were made, and makes them again where they differ.
+
+Of the folded weights, what is the block's own is kept as non-persistent buffers. Two kinds take no memory and are plain attributes,
+so that whoever writes to a module's buffers (DistributedDataParallel, averaging) does not write to them: a parameter's own memory,
+where folding changes nothing; and stand-ins, where weights packed for a backend can be unpacked again and nobody reads plain ones.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from .. import dispatch
 from ..dispatch import Choice
 from ..errors import BackendError, FrozenError, InputError
 from ..ops import OPERATORS
-from ..ops.operator import Operator, PackedWeights, Prepared, looks, nobody_listens
+from ..ops.operator import Operator, PackedWeights, Prepared, is_stand_in, looks, nobody_listens, stand_in
 from .folding import fold
 
 BlockT = TypeVar("BlockT", bound="FusedBlock")
@@ -28,7 +31,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Leaf modules that compute the same in train and eval mode.
 _MODELESS = (nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU)
 _packing = threading.RLock()
-# Names of the buffers that hold what is kept; looked up on every call.
+# Names of the buffers and attributes that hold what is kept.
 _FOLDED = tuple(f"_folded_{i}" for i in range(32))
 _PACKED = tuple(f"_packed_{i}" for i in range(32))
 # Input shapes a block remembers how to serve without asking anew.
@@ -56,6 +59,8 @@ class FusedBlock(nn.Module):
     _CONVS: ClassVar[tuple[str, ...]]
     # Roles of GroupNorms, whose weights the operator takes before those of the convolutions, followed by eps.
     _NORMS: ClassVar[tuple[str, ...]] = ()
+    # Whether the block computes with plain weights itself once it is frozen, so that stand-ins will not do.
+    _READS_WEIGHTS: ClassVar[bool] = False
 
     backend: str
     _kept_dtype: torch.dtype | None
@@ -161,12 +166,12 @@ class FusedBlock(nn.Module):
         with _packing:
             if not self._frozen and self._stale(self._compute_dtype(x.device.type)):
                 return
-            call = self._arguments(x, self._kept_weights())
-            prepared = self.operator.prepare(x, call, self._packs_for(x), self.backend_argument())
-        if len(self._prepared) >= PREPARED_KEPT:
-            self._prepared.clear()
-        if prepared is not None:
-            self._prepared[key] = prepared
+            packed = self._packs_for(x)
+            prepared = self.operator.prepare(x, self._arguments(x, self._kept_weights()), packed, self.backend_argument())
+            if len(self._prepared) >= PREPARED_KEPT:
+                self._prepared.clear()
+            if prepared is not None:
+                self._prepared[key] = prepared
 
     def _call_operator(self, x: Tensor, weights: list[Tensor | None], packed: PackedWeights | None) -> Tensor:
         tensors, packed_for = (None, None) if packed is None else (packed.tensors, packed.backend)
@@ -295,7 +300,9 @@ class FusedBlock(nn.Module):
 
     def _eager_weights(self, x: Tensor) -> tuple[list[Tensor | None], PackedWeights | None]:
         if self._frozen:
-            return self._kept_weights(), self._packs_for(x)
+            # In this order, here and below: where nothing is packed for the backend, asking for packs brings plain weights back.
+            packs = self._packs_for(x)
+            return self._kept_weights(), packs
         dtype = self._compute_dtype(x.device.type)
         if type(x) not in _PLAIN_TENSORS:
             # Fake tensors, functorch wrappers and the like must not leave traces in what is kept.
@@ -306,7 +313,8 @@ class FusedBlock(nn.Module):
                 if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
                     return self._live_weights(dtype), None
                 self._make_weights(dtype)
-            kept, packs = self._kept_weights(), self._packs_for(x)
+            packs = self._packs_for(x)
+            kept = self._kept_weights()
         # A traced graph (torch.jit) is checked without gradients and used with them.
         gradients = torch.is_grad_enabled() or torch._C._is_tracing()
         if gradients and any(p.requires_grad for p in self.parameters()):
@@ -315,8 +323,7 @@ class FusedBlock(nn.Module):
         return kept, packs
 
     def _kept_weights(self) -> list[Tensor | None]:
-        buffers = self._buffers
-        return [buffers[name] for name in _FOLDED[: self._folded_count]]
+        return [getattr(self, name) for name in _FOLDED[: self._folded_count]]
 
     def _kept_packs(self, backend: str | None) -> PackedWeights | None:
         """The weights packed for ``backend``; None if it reads them as they are."""
@@ -372,22 +379,40 @@ class FusedBlock(nn.Module):
             self._signature = [
                 (place, key, t, None if t.is_inference() else t._version, t.data_ptr()) for place, key, t in self._sources()
             ]
-            weights = [w if w is None else _nhwc_copy(w, dtype) for w in self._folded_weights(exact=True)]
-            self._folded_count = self._keep("folded", weights)
+            if dtype != self._kept_dtype:
+                # They look the same in every dtype, and another thread may still be reading those that are there.
+                self._keep("packed", ())
+            self._folded_count = self._keep("folded", self._plain_weights(dtype))
             self._kept_dtype = dtype
             self._make_packs()
 
+    def _plain_weights(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """Folded anew from the parameters; those that folding leaves as they are stay where they are."""
+        sources = self._source_pointers()
+        return [w if w is None else _laid_out(w, dtype, sources) for w in self._folded_weights(exact=True)]
+
+    def _source_pointers(self) -> set[int]:
+        return {pointer for *_, pointer in self._signature or ()}
+
     def _make_packs(self, *more: str) -> None:
-        """Pack for every backend there are packs for, in the same order, and for ``more``; for the first choice if that is none."""
+        """Pack for every backend there are packs for, in the same order, or for the first choice if that is none.
+
+        With ``more``, the packs there are stay, and those for these backends are added.
+        """
+        if more:
+            self._bring_back()
         weights = self.operator.weights(self._arguments(torch.empty(0), self._kept_weights()))
         tensors: list[Tensor] = []
-        places = {}
-        for backend in (*self._packed, *more) or (self.backend_argument(),):
+        before, places = self._packed, {}
+        for backend in (*before, *more) or (self.backend_argument(),):
             try:
-                packed = self.operator.pack(*weights, backend=backend)
+                if more and backend in before:
+                    packed = self._kept_packs(backend) or PackedWeights(backend, [])
+                else:
+                    packed = self.operator.pack(*weights, backend=backend)
             except BackendError:
                 # It served these weights in another dtype.
-                if backend not in self._packed:
+                if backend not in before:
                     raise
                 continue
             places[packed.backend] = slice(len(tensors), len(tensors) + len(packed.tensors))
@@ -397,16 +422,47 @@ class FusedBlock(nn.Module):
         # Where it cannot be asked which backend is best for an input, as in a trace, it is taken to be the one that the inputs so
         # far turned out to need.
         self._packed_last = next((name for name in reversed(places) if places[name].stop > places[name].start), None)
+        self._leave_stand_ins()
+
+    def _leave_stand_ins(self) -> None:
+        """Drop the plain weights of the block's own if every backend in use has packed ones, from which they could be had back."""
+        if not self._packed or (self._frozen and self._READS_WEIGHTS):
+            return
+        if all(place.stop > place.start and self.operator.unpacks(backend) for backend, place in self._packed.items()):
+            own = [self._buffers.get(name) for name in _FOLDED[: self._folded_count]]
+            self._keep("folded", [kept if o is None else stand_in(o) for o, kept in zip(own, self._kept_weights(), strict=True)])
+
+    def _bring_back(self) -> None:
+        """Have plain weights again, for a backend that has to lay them out, or reads them as they are."""
+        kept = self._kept_weights()
+        if not any(map(is_stand_in, kept)):
+            return
+        if self._frozen:
+            packed = self._kept_packs(self._packed_last)
+            assert packed is not None
+            call = self._arguments(torch.empty(0), kept)
+            unpacked = self.operator.plain(call, packed.tensors, packed.backend)
+            found = {id(old): new for old, new in zip(call, unpacked, strict=True)}
+            self._keep("folded", [w if w is None else found[id(w)] for w in kept])
+        else:
+            assert self._kept_dtype is not None
+            self._keep("folded", self._plain_weights(self._kept_dtype))
 
     def _keep(self, kind: str, tensors: Any) -> int:
-        """Keep tensors as buffers; those of the same kind as before are written in place, so that captured graphs follow."""
+        """Keep tensors; buffers of the same kind as before are written in place, so that captured graphs follow."""
         self._prepared = {}
-        names = {"folded": _FOLDED, "packed": _PACKED}[kind][: len(tensors)]
-        for name in [n for n in self._buffers if n.startswith(f"_{kind}_") and n not in names]:
-            del self._buffers[name]
-        for name, tensor in zip(names, tensors, strict=True):
+        names = {"folded": _FOLDED, "packed": _PACKED}[kind]
+        for name in names[len(tensors) :]:
+            self._drop(name)
+        others = self._source_pointers()
+        for name, tensor in zip(names, tensors, strict=False):
             kept = self._buffers.get(name)
-            if (
+            if kept is not None and kept is tensor:
+                continue
+            if tensor is not None and (is_stand_in(tensor) or tensor.data_ptr() in others):
+                self._drop(name)
+                self.__dict__[name] = tensor
+            elif (
                 kept is not None
                 and tensor is not None
                 and not kept.is_inference()
@@ -415,17 +471,23 @@ class FusedBlock(nn.Module):
             ):
                 kept.copy_(tensor)
             else:
+                self._drop(name)
                 self.register_buffer(name, tensor, persistent=False)
         return len(tensors)
 
+    def _drop(self, name: str) -> None:
+        self.__dict__.pop(name, None)
+        self._buffers.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+
     def _forget(self) -> None:
         """Drop what is kept; the next use in eval mode makes it anew."""
+        self._signature = None
         self._keep("folded", ())
         self._keep("packed", ())
         self._folded_count = 0
         self._kept_dtype = None
         self._packed, self._packed_last = {}, None
-        self._signature = None
         self._last_call = None
 
     def _refresh(self) -> None:
@@ -455,12 +517,19 @@ class FusedBlock(nn.Module):
         self._check_freezable()
         if not self._frozen:
             self._refresh()
-            self._frozen = True
+            with torch.inference_mode(False), torch.no_grad():
+                if self._READS_WEIGHTS:
+                    self._bring_back()
+                # What was the parameters' own memory is the block's alone from now on, whoever else has the parameters.
+                shared = self._source_pointers()
+                kept = [w.clone() if w is not None and w.data_ptr() in shared else w for w in self._kept_weights()]
+                self._signature = None
+                self._frozen = True
+                self._keep("folded", kept)
+                self._leave_stand_ins()
             self._original = (None,)
             self._modules.clear()
             self._parts = {}
-            self._signature = None
-            self._prepared = {}
             self._watch()
 
     def _check_freezable(self) -> None:
@@ -486,11 +555,13 @@ class FusedBlock(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._prepared = {}
-        if not self._frozen:
+        if self._frozen:
+            self._bring_back()
+        else:
             self._forget()
         super()._apply(fn, recurse)
         if self._frozen:
-            kept = self._buffers[f"_folded_{2 * len(self._NORMS)}"]
+            kept = self._kept_weights()[2 * len(self._NORMS)]
             assert kept is not None
             self._kept_dtype = kept.dtype
             if not kept.is_meta:
@@ -504,7 +575,8 @@ class FusedBlock(nn.Module):
         state = self.__dict__.copy()
         if not self._frozen:
             # What is kept can be made again, and refers to the tensors it was made from.
-            kept = {n for n in self._buffers if n.startswith(("_folded_", "_packed_"))}
+            kept = {*_FOLDED, *_PACKED}
+            state = {n: value for n, value in state.items() if n not in kept}
             state["_buffers"] = {n: b for n, b in self._buffers.items() if n not in kept}
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - kept
             state.update(_folded_count=0, _kept_dtype=None, _packed={}, _packed_last=None, _signature=None)
@@ -524,9 +596,18 @@ class FusedBlock(nn.Module):
         return f"operator={self.operator_name}, backend={self.backend!r}, {config}{frozen}"
 
 
-def _nhwc_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy that shares nothing with the parameters, in the layout PyTorch's own channels_last convolutions want."""
+def _laid_out(weight: Tensor, dtype: torch.dtype, sources: set[int]) -> Tensor:
+    """``weight`` in ``dtype`` and in the layout PyTorch's own channels_last convolutions want.
+
+    Its own memory if it is one of ``sources``, parameters by address, and is all that already; otherwise a copy.
+    """
     layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    as_it_is = weight.dtype == dtype and weight.is_contiguous(memory_format=layout) and weight.data_ptr() in sources
+    # Autograd may want to save what is kept; it refuses inference tensors.
+    if as_it_is and not weight.is_inference():
+        # Sizes of 1 leave strides free.
+        stride = torch.empty(weight.shape, device="meta", memory_format=layout).stride()
+        return weight.detach().as_strided(weight.shape, stride)
     return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=layout).copy_(weight)
 
 

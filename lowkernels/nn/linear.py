@@ -40,6 +40,7 @@ class Linear(FusedBlock, nn.Linear):
 
     operator_name: ClassVar[str] = "conv_act"
     _CONVS = ("linear",)
+    _READS_WEIGHTS = True
 
     def __init__(self, original: nn.Linear, *, act: str = "none", backend: str = "auto") -> None:
         own = {name for name, _ in (*original.named_parameters(), *original.named_buffers())}

@@ -6,17 +6,20 @@ backend; backends register C++ operators, if they have any, under names of their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import dispatch
+from ..choosing.auto import ORDER
 from ..dispatch import Choice, Kernel
-from ..errors import InputError
+from ..errors import BackendError, InputError
 
 _LIBRARY = torch.library.Library("lowkernels", "DEF")
 _DEVICE_KEYS = ("CPU", "CUDA")
@@ -95,6 +98,19 @@ def nobody_listens(x: Tensor) -> bool:
     )
 
 
+def stand_in(weight: Tensor) -> Tensor:
+    """What may take the place of a weight in a call that brings it packed too, for a backend that :meth:`Operator.unpacks`.
+
+    It has the weight's shape, dtype and device, and takes no memory. All it holds is NaN, so that nobody takes it for the weight.
+    """
+    return torch.full((), math.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+
+
+def is_stand_in(value: Any) -> bool:
+    """Whether ``value`` is what :func:`stand_in` returns: known by its strides, which traces and copies keep."""
+    return isinstance(value, Tensor) and value.dim() > 0 and not any(value.stride())
+
+
 def nhwc(x: Tensor) -> Tensor:
     """``x`` with NHWC memory: itself if it already has it, a copy otherwise."""
     return x.contiguous(memory_format=torch.channels_last)
@@ -123,6 +139,28 @@ def _recording_autograd() -> Any:
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _unpack(operator: str, packed_for: str, packed: list[Tensor], weights: list[Tensor | None], wanted: list[int]) -> list[Tensor]:
+    kernel: Any = dispatch.kernel(operator, packed_for)
+    plain = kernel.unpack(packed, weights)
+    return [_laid_out(plain[i]) for i in wanted]
+
+
+def _fake_unpack(
+    operator: str, packed_for: str, packed: list[Tensor], weights: list[Tensor | None], wanted: list[int]
+) -> list[Tensor]:
+    return [_empty(w, tuple(w.shape)) for w in (cast(Tensor, weights[i]) for i in wanted)]
+
+
+# In the places ``wanted`` of an operator's weights: what was packed.
+_LIBRARY.define(
+    "unpack(str operator, str packed_for, Tensor[] packed, Tensor?[] weights, int[] wanted) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+for _key in _DEVICE_KEYS:
+    _LIBRARY.impl("unpack", _unpack, _key)
+torch.library.register_fake("lowkernels::unpack", _fake_unpack, lib=_LIBRARY)
 
 
 class Operator:
@@ -158,6 +196,7 @@ class Operator:
         self._inputs = frozenset(contract.INPUTS)
         self._defaults = tuple(a.default_value if a.has_default_value() else None for a in arguments)
         self._tensor_positions = tuple(i for i, a in enumerate(arguments[:-_DISPATCH_ARGUMENTS]) if "Tensor" in str(a.type))
+        self._weight_positions = tuple(i for i in self._tensor_positions if arguments[i].name not in self._inputs)
 
         _LIBRARY.define(f"{name}_backward(Tensor grad, {schema}, *, bool[] needs) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
         self.backward_overload = getattr(torch.ops.lowkernels, f"{name}_backward").default
@@ -188,6 +227,30 @@ class Operator:
         like = next(w for w in weights if isinstance(w, Tensor))
         kernel, choice = dispatch.choose(self.name, like, backend, lambda candidate: candidate.unsupported_weights(*weights))
         return PackedWeights(choice.backend, kernel.pack(*weights))
+
+    def unpacks(self, backend: str) -> bool:
+        """Whether weights packed for ``backend`` can be had back, so that calls may bring stand-ins in their places."""
+        return hasattr(dispatch.kernel(self.name, backend), "unpack")
+
+    def plain(self, call: tuple[Any, ...], packed: Sequence[Tensor] | None, packed_for: str | None) -> tuple[Any, ...]:
+        """A whole call with weights in the places of stand-ins, a few roundings from what was packed.
+
+        Args:
+            call: the schema's arguments without the dispatch ones, all of them.
+            packed, packed_for: of the call's weights.
+        """
+        if packed is None or not self._brings_stand_ins(call, packed_for):
+            return call
+        weights = [call[p] for p in self._weight_positions]
+        wanted = [i for i, weight in enumerate(weights) if is_stand_in(weight)]
+        found = torch.ops.lowkernels.unpack.default(self.name, packed_for, packed, weights, wanted)
+        new = list(call)
+        for i, weight in zip(wanted, found, strict=True):
+            new[self._weight_positions[i]] = weight
+        return tuple(new)
+
+    def _brings_stand_ins(self, call: tuple[Any, ...], packed_for: str | None) -> bool:
+        return packed_for is not None and any(is_stand_in(call[p]) for p in self._weight_positions) and self.unpacks(packed_for)
 
     def explain(self, *args: Any, backend: str | None = None) -> Choice:
         """Which backend would serve this call, and why; nothing is run.
@@ -261,12 +324,34 @@ class Operator:
         if kernel is None:
             dispatch.record(choice, 0)
             return _empty(x, shape)
+        if packed is not None and packed_for != choice.backend:
+            kernel, choice, call, packed = self._without_packs(kernel, choice, call, packed, packed_for, backend)
         copies = 0
         if not x.is_contiguous(memory_format=torch.channels_last):
             x, copies = nhwc(x), 1
-        out = kernel.forward(x, *call[1:], packed if packed_for == choice.backend else None)
+        out = kernel.forward(x, *call[1:], packed)
         dispatch.record(choice, copies)
         return out if out.stride() == stride else _laid_out(out)
+
+    def _without_packs(
+        self,
+        kernel: Kernel,
+        choice: Choice,
+        call: tuple[Any, ...],
+        packed: list[Tensor],
+        packed_for: str,
+        backend: str | None,
+    ) -> tuple[Kernel, Choice, tuple[Any, ...], list[Tensor] | None]:
+        """How a call is served whose packed weights are not for the backend chosen: kernel, choice, arguments, packed weights."""
+        if not self._brings_stand_ins(call, packed_for) or dispatch.requested(backend)[0] != dispatch.AUTO:
+            return kernel, choice, self.plain(call, packed, packed_for), None
+        # Nobody insists, and unpacking on every call takes longer than another backend can save.
+        try:
+            plan = self._plan(call, packed_for, packed_for)
+        except BackendError:
+            return kernel, choice, self.plain(call, packed, packed_for), None
+        why = f"the weights at hand are laid out for it, and no longer as {choice.backend} reads them"
+        return cast(Kernel, plan.kernel), replace(plan.choice, reason=why, basis=ORDER), call, packed
 
     def prepare(self, x: Tensor, call: tuple[Any, ...], packed: PackedWeights | None, backend: str | None) -> Prepared | None:
         """What :class:`Prepared` does for inputs like ``x`` of this call; None where ``x`` is empty.
@@ -280,7 +365,10 @@ class Operator:
         kernel, choice, _, stride = self._plan(call, backend, packed.backend if packed else None)
         if kernel is None:
             return None
-        rest = (*call[1:], packed.tensors if packed is not None and packed.backend == choice.backend else None)
+        tensors = None if packed is None else packed.tensors
+        if packed is not None and packed.backend != choice.backend:
+            kernel, choice, call, tensors = self._without_packs(kernel, choice, call, packed.tensors, packed.backend, backend)
+        rest = (*call[1:], tensors)
         settled = tuple(_INPUT if v is x else v for v in rest)
         copies = int(not x.is_contiguous(memory_format=torch.channels_last))
         return Prepared(kernel, settled, stride, (choice, copies))
@@ -294,31 +382,35 @@ class Operator:
             torch._C.DispatchKey.AutocastCUDA
         )
 
-        def cast(value: Any, dtype: torch.dtype) -> Any:
-            eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if eligible else value
+        def eligible(value: Any) -> bool:
+            return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
         def autocast(_keyset: Any, *args: Any) -> Tensor:
             dtype = torch.get_autocast_dtype(device_type)
             call, rest = self._complete(args)[:-_DISPATCH_ARGUMENTS], self._complete(args)[-_DISPATCH_ARGUMENTS:]
-            casted = tuple(cast(v, dtype) for v in call)
             # Packed weights belong to the dtype they were made for; what dtype the input came in is nothing to them.
-            if any(new is not old for new, old in zip(self.weights(casted), self.weights(call), strict=True)):
-                rest = (None, None, rest[2])
+            if any(eligible(w) and w.dtype != dtype for w in self.weights(call)):
+                call, rest = self.plain(call, *rest[:2]), (None, None, rest[2])
+            casted = tuple(v.to(dtype) if eligible(v) else v for v in call)
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return self.overload(*casted, *rest)
 
         return autocast
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        call = inputs[:-_DISPATCH_ARGUMENTS]
-        ctx.save_for_backward(*(call[i] for i in self._tensor_positions))
+        call, (packed, packed_for, _) = inputs[:-_DISPATCH_ARGUMENTS], inputs[-_DISPATCH_ARGUMENTS:]
+        bare = self._brings_stand_ins(call, packed_for)
+        ctx.packed_for = packed_for if bare else None
+        ctx.save_for_backward(*(call[i] for i in self._tensor_positions), *(packed if bare else ()))
         ctx.call = tuple(None if i in self._tensor_positions else v for i, v in enumerate(call))
 
     def _backward_formula(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
         call = list(ctx.call)
-        for position, tensor in zip(self._tensor_positions, ctx.saved_tensors, strict=True):
+        count = len(self._tensor_positions)
+        for position, tensor in zip(self._tensor_positions, saved[:count], strict=True):
             call[position] = tensor
+        call = list(self.plain(tuple(call), saved[count:], ctx.packed_for))
         # One entry per argument the dispatcher passed on; it leaves out trailing defaults, and those need no gradient.
         given = ctx.needs_input_grad
         needs = [i < len(given) and given[i] for i in self._tensor_positions]

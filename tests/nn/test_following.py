@@ -156,7 +156,7 @@ def test_follows_a_dtype(case: Case, dtype: torch.dtype) -> None:
     block = case.block()
     block(case.x())
     getattr(block, convert)()
-    assert {t.dtype for t in block.buffers() if t.is_floating_point()} == {dtype}
+    assert {t.dtype for t in (*block.buffers(), *block._kept_weights()) if t is not None and t.is_floating_point()} == {dtype}
     fresh = case.block(dtype)
     with torch.no_grad():
         out = block(case.x(dtype))

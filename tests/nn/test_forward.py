@@ -200,17 +200,22 @@ def test_weights_are_packed_once(case: Case, probe: Probe) -> None:
 def test_packs_are_made_anew_in_place(case: Case, probe: Probe) -> None:
     """Captured graphs and compiled models go on reading the same memory."""
     block = case.block()
-    names = {n: b.data_ptr() for n, b in block.named_buffers() if n.startswith(("_folded", "_packed"))}
-    assert any(n.startswith("_packed") for n in names)
-    before = {n: b.clone() for n, b in block.named_buffers()}
+
+    def weights() -> dict[str, Tensor]:
+        kept = {f"_folded_{i}": w for i, w in enumerate(block._kept_weights()) if w is not None}
+        return kept | {n: b for n, b in block.named_buffers() if n.startswith("_packed")}
+
+    pointers = {n: w.data_ptr() for n, w in weights().items()}
+    assert any(n.startswith("_packed") for n in pointers)
+    before = {n: w.clone() for n, w in weights().items()}
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.mul_(1.5)
     for follow in (lambda: block(case.x()), lambda: lowkernels.repack(block)):
         follow()
-        after = dict(block.named_buffers())
-        assert {n: after[n].data_ptr() for n in names} == names
-    assert any(not torch.equal(after[n], before[n]) for n in names if n.startswith("_folded"))
+        after = weights()
+        assert {n: w.data_ptr() for n, w in after.items()} == pointers
+    assert any(not torch.equal(w, before[n]) for n, w in after.items() if n.startswith("_folded"))
 
 
 @each(FEW)

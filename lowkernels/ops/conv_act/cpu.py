@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, Unpacker, unsupported
 
-__all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
+__all__ = ["forward", "pack", "unpack", "unsupported_input", "unsupported_weights"]
 
 
 def unsupported_weights(weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: int, pool: bool) -> str | None:
@@ -24,6 +26,13 @@ def pack(weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: in
     # The pooled form reads the plain layout: it is for 1x1 convolutions.
     packer.conv(weight, bias, 0 if pool else stride)
     return packer.tensors()
+
+
+def unpack(packed: Sequence[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    unpacker = Unpacker(packed)
+    channels = unpacker.number()
+    weight, bias = unpacker.conv()
+    return [weight[:, :channels], bias]
 
 
 def forward(

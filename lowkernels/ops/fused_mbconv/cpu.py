@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, Unpacker, unsupported
 
-__all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
+__all__ = ["forward", "pack", "unpack", "unsupported_input", "unsupported_weights"]
 
 
 def unsupported_weights(conv_weight: Tensor, conv_bias: Tensor | None, project_weight: Tensor, *rest: object) -> str | None:
@@ -32,6 +34,11 @@ def pack(
     packer.conv(conv_weight, conv_bias, stride)
     packer.conv(project_weight, project_bias)
     return packer.tensors()
+
+
+def unpack(packed: Sequence[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    unpacker = Unpacker(packed)
+    return [*unpacker.conv(), *unpacker.conv()]
 
 
 def forward(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, Unpacker, unsupported
 
-__all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
+__all__ = ["forward", "pack", "unpack", "unsupported_input", "unsupported_weights"]
 
 
 def unsupported_weights(
@@ -42,6 +44,11 @@ def pack(
     packer.conv(fc1_weight, fc1_bias)
     packer.conv(fc2_weight, fc2_bias)
     return packer.tensors()
+
+
+def unpack(packed: Sequence[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    unpacker = Unpacker(packed)
+    return [*unpacker.norm(weights[0]), *unpacker.conv(), *unpacker.conv()]
 
 
 def forward(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...backends.cpu.pack import Packer, unsupported
+from ...backends.cpu.pack import Packer, Unpacker, unsupported
 
-__all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
+__all__ = ["forward", "pack", "unpack", "unsupported_input", "unsupported_weights"]
 
 
 def unsupported_weights(
@@ -56,6 +58,24 @@ def pack(
                 rows, columns = [3 - row, 1 - row], [3 - column, 1 - column]
                 packer.conv(up[:, :, rows][:, :, :, columns], up_bias)
     return packer.tensors()
+
+
+def unpack(packed: Sequence[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    unpacker = Unpacker(packed)
+    norm, depthwise = unpacker.norm(weights[0]), unpacker.depthwise()
+    qkv, _ = unpacker.conv()
+    like = weights[5]
+    assert like is not None
+    if like.shape[2] == 3:
+        up, bias = unpacker.conv()
+        up = up.flip(2, 3)
+    else:
+        up = qkv.new_empty(like.shape[1], like.shape[0], 4, 4)
+        for row in (0, 1):
+            for column in (0, 1):
+                taps, bias = unpacker.conv()
+                up[:, :, 1 - row :: 2, 1 - column :: 2] = taps.flip(2, 3)
+    return [*norm, *depthwise, qkv, up.transpose(0, 1), bias]
 
 
 def forward(

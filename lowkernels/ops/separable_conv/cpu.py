@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, unsupported
+from ...backends.cpu.pack import ACTIVATION_NUMBERS, Packer, Unpacker, unsupported
 
-__all__ = ["forward", "pack", "unsupported_input", "unsupported_weights"]
+__all__ = ["forward", "pack", "unpack", "unsupported_input", "unsupported_weights"]
 
 
 def unsupported_weights(dw_weight: Tensor, dw_bias: Tensor | None, dw_act: str, pw_weight: Tensor, *rest: object) -> str | None:
@@ -25,6 +27,11 @@ def pack(
     packer.depthwise(dw_weight, dw_bias)
     packer.conv(pw_weight, pw_bias)
     return packer.tensors()
+
+
+def unpack(packed: Sequence[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    unpacker = Unpacker(packed)
+    return [*unpacker.depthwise(), *unpacker.conv()]
 
 
 def forward(
