@@ -10,8 +10,8 @@
 // Budget of a CTA (256 threads) of r rows, c columns and chunks of d depth in s stages:
 //   shared memory  s (2 (d + 8) r + 2 d c) + 16 r bytes, and 1 KB a warp where they divide the depth or 16 c a row of warps to pool
 //   registers      128 and two CTAs an SM
-//   from L2        x k * k times (the input once for every tap) and the CTA's columns of the weights once, for each r rows; LowFormer-B1's
-//                  head, 7x7x256 to 1536 and pooled, 64 rows and 128 columns: 1062 KB an image
+//   from L2        x k * k times (the input once for every tap) and the CTA's columns of the weights once, for each r rows;
+//                  LowFormer-B1's head, 7x7x256 to 1536 and pooled, 64 rows and 128 columns: 1062 KB an image
 #include "api.h"
 #include "fragments.cuh"
 

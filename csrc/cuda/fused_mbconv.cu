@@ -3,7 +3,8 @@
 // Budget of a CTA (256 threads), with c input channels rounded up to 16 and w pixels of window:
 //   shared memory  2 (c + 8) w + 32 KB of weights under way (48 KB where warps split the expanded channels)
 //   registers      255 and one CTA an SM; 128 and two up to 64 output columns
-//   from L2        window and weights once a CTA; its rows are 256, 128 or 32 as Chain says
+//   from L2        window, weights and residual once a CTA; its rows are 256, 128 or 32 as Chain says; LowFormer-B1's 14x14x128,
+//                  one image a CTA, L1 keeping all to nothing: 1329 to 1378 KB an image
 #include "expand_project.cuh"
 
 namespace lowkernels {

@@ -3,8 +3,8 @@
 // Budget of a CTA (384 or 256 threads), with c input channels rounded up to 16 and w pixels of window:
 //   shared memory  80 KB of weights under way + 2 (c + 8) w bytes
 //   registers      168 a thread with three warpgroups, 255 with two; one CTA an SM
-//   from L2        window, weights and residual once a CTA, of 192 or 128 rows; LowFormer-B1's 14x14x128, 192 rows, L1 keeping all to nothing:
-//                  1369 to 1418 KB an image
+//   from L2        window, weights and residual once a CTA, of 192 or 128 rows; LowFormer-B1's 14x14x128, 192 rows, L1 keeping all
+//                  to nothing: 1369 to 1418 KB an image
 #include "expand_project_sm90.cuh"
 
 namespace lowkernels {

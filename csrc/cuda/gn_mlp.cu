@@ -7,7 +7,8 @@
 // Budget of a CTA (256 threads), with c channels rounded up to 16 and r rows:
 //   shared memory  2 (c + 8) r + 64 + c / 4 bytes + 32 KB of weights under way (48 KB where warps split the expanded channels)
 //   registers      255 and one CTA an SM; 128 and two up to 64 output columns
-//   from L2        its rows and all weights once; images that it shares with other CTAs twice more
+//   from L2        its rows, all weights and the residual once; images that it shares with other CTAs twice more; LowFormer-B1's
+//                  14x14x128, one image a CTA, L1 keeping all to nothing: 305 to 354 KB an image
 #include "normalise.cuh"
 
 namespace lowkernels {

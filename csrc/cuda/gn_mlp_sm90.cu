@@ -3,8 +3,8 @@
 // Budget of a CTA (384 or 256 threads), with c channels rounded up to 16 and r rows:
 //   shared memory  80 KB of weights under way + 2 (c + 8) r bytes
 //   registers      168 a thread with three warpgroups, 255 with two; one CTA an SM
-//   from L2        its rows, all weights and the residual once; images that it shares with other CTAs twice more; LowFormer-B1's 14x14x128,
-//                  192 rows, L1 keeping all to nothing: 360 to 556 KB an image
+//   from L2        its rows, all weights and the residual once; images that it shares with other CTAs twice more; LowFormer-B1's
+//                  14x14x128, 192 rows, L1 keeping all to nothing: 360 to 556 KB an image
 #include "expand_project_sm90.cuh"
 #include "normalise.cuh"
 

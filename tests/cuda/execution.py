@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -55,6 +55,20 @@ def unusable() -> str | None:
     return None
 
 
+class Traffic(NamedTuple):
+    """Bytes of a tensor that one launch moved.
+
+    Attributes:
+        asked: read by warps, each byte once an instruction: what comes from the L2 cache if the L1 cache keeps nothing.
+        once: read by CTAs, each byte once a CTA: what comes from there if the L1 cache keeps everything.
+        written: written.
+    """
+
+    asked: int
+    once: int
+    written: int
+
+
 @dataclass
 class Outcome:
     """What one run under the shim showed.
@@ -65,6 +79,7 @@ class Outcome:
         blocks: CTAs run.
         launches: kernels launched.
         shared: the most shared memory a launch asked for, in bytes.
+        traffic: what each launch moved, by the address of the tensor; empty unless asked for.
     """
 
     reports: list[str] = field(default_factory=list)
@@ -72,6 +87,7 @@ class Outcome:
     blocks: int = 0
     launches: int = 0
     shared: int = 0
+    traffic: list[dict[int, Traffic]] = field(default_factory=list)
 
 
 def _run(command: Sequence[str]) -> None:
@@ -123,7 +139,7 @@ def machine() -> ctypes.CDLL:
     path = _library("machine", _contents(SHIM, SOURCES), compile_)
     loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     torch.ops.load_library(str(path))
-    for name in ("shim_end", "shim_barriers", "shim_choose"):
+    for name in ("shim_end", "shim_barriers", "shim_choose", "shim_traffic"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.shim_blocks.restype = ctypes.c_long
     loaded.shim_launches.restype = ctypes.c_long
@@ -217,7 +233,9 @@ def _located(report: str, library: Path) -> str:
 
 
 @contextmanager
-def watched(library: Path, schedule: tuple[int, int] = SCHEDULES[0], skip: str = "", only_last: int = 0) -> Iterator[Outcome]:
+def watched(
+    library: Path, schedule: tuple[int, int] = SCHEDULES[0], skip: str = "", only_last: int = 0, count: bool = False
+) -> Iterator[Outcome]:
     """Within this context, calls of ``lowkernels_cuda`` on CPU tensors run `library`; afterwards the outcome is filled in.
 
     Args:
@@ -225,12 +243,15 @@ def watched(library: Path, schedule: tuple[int, int] = SCHEDULES[0], skip: str =
         schedule: one of :data:`SCHEDULES`.
         skip: a barrier, ``file:line``, that still stops threads but orders nothing.
         only_last: run only so many last blocks of each launch, and do not ask for the bytes that others would write.
+        count: count the bytes that launches move.
     """
     choose(library)
     shim = machine()
     outcome = Outcome()
     shim.shim_begin(schedule[0], ctypes.c_ulonglong(schedule[1]), skip.encode())
     shim.shim_only_last(ctypes.c_long(only_last))
+    if count:
+        shim.shim_count()
     try:
         yield outcome
     finally:
@@ -240,6 +261,10 @@ def watched(library: Path, schedule: tuple[int, int] = SCHEDULES[0], skip: str =
         outcome.blocks = shim.shim_blocks()
         outcome.launches = shim.shim_launches()
         outcome.shared = shim.shim_most_shared()
+        outcome.traffic = [{} for _ in range(outcome.launches)] if count else []
+        for line in shim.shim_traffic().decode().splitlines():
+            launch, address, *moved = map(int, line.split())
+            outcome.traffic[launch - 1][address] = Traffic(*moved)
 
 
 def run(operator: str, args: tuple[Any, ...], packed: bool = False) -> torch.Tensor:

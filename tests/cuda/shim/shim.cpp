@@ -25,6 +25,8 @@
 #include <set>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include <dlfcn.h>
@@ -85,6 +87,30 @@ struct Range {
     const unsigned char* end;
     bool output;
     Written written;
+    std::vector<long> read_by;  // where reads are counted: of each two bytes, the last block that read them
+};
+
+// Bytes of a tensor that a launch moves. `asked`: what warps ask for, each byte once an instruction, as memory serves a warp; the L2
+// cache gives no more than that. `once`: each byte once a block; it gives no less.
+struct Traffic {
+    long asked = 0, once = 0, written = 0;
+};
+
+// A lane's read: the instruction, how often the lane has come to it, and the address.
+struct Read {
+    uintptr_t pc;
+    const unsigned char* address;
+    uint32_t visit;
+    int warp;
+    bool operator==(const Read&) const = default;
+};
+struct ReadHash {
+    size_t operator()(const Read& r) const {
+        size_t h = r.pc;
+        for (const size_t part : {reinterpret_cast<size_t>(r.address), size_t{r.visit}, static_cast<size_t>(r.warp)})
+            h = (h ^ part) * 0x9e3779b97f4a7c15u;
+        return h ^ h >> 32;
+    }
 };
 
 struct Copy {
@@ -138,6 +164,7 @@ struct Fiber {
     int products = 0;                    // groups of warpgroup products committed
     uint32_t register_fences = kFirstFence;  // ever: a word of an earlier block is fenced
     std::vector<uint32_t> proxy_fences;  // the block epoch of each
+    std::unordered_map<uintptr_t, uint32_t> visits;  // to each instruction that reads a tensor, where that is counted
 };
 
 struct State {
@@ -165,6 +192,9 @@ struct State {
     const unsigned char* host_stack = nullptr;
     long blocks_run = 0, only_last = 0;
     size_t most_shared = 0;
+    bool counting = false;
+    std::map<std::pair<uint32_t, const unsigned char*>, Traffic> traffic;  // (launch, where the tensor begins)
+    std::unordered_set<Read, ReadHash> reads;                             // of this block
 } S;
 
 // Where in the kernel: a return address, or a line.
@@ -261,6 +291,18 @@ Range* find_range(const unsigned char* p, int bytes) {
 
 uint32_t& stack_word(const void* p) { return S.words[(static_cast<const unsigned char*>(p) - S.stacks) / 4]; }
 
+void count(Range& range, const unsigned char* p, int bytes, bool write, uintptr_t pc) {
+    Traffic& traffic = S.traffic[{S.launches, range.begin}];
+    if (write) {
+        traffic.written += bytes;
+        return;
+    }
+    if (S.reads.insert({pc, p, S.fibers[S.current].visits[pc]++, S.current / kWarp}).second) traffic.asked += bytes;
+    range.read_by.resize((range.end - range.begin + 1) / 2);
+    for (size_t cell = (p - range.begin) / 2; cell <= static_cast<size_t>(p + bytes - 1 - range.begin) / 2; cell++)
+        if (std::exchange(range.read_by[cell], S.blocks_run + 1) != S.blocks_run + 1) traffic.once += 2;
+}
+
 void access(const void* address, int bytes, bool write, const Where& pc) {
     const auto* p = static_cast<const unsigned char*>(address);
     if (inside(p, S.stacks + S.current * kStack, kStack)) {
@@ -293,6 +335,7 @@ void access(const void* address, int bytes, bool write, const Where& pc) {
         report("bounds", pc, write ? "write outside of every tensor" : "read outside of every tensor");
         give_up();
     }
+    if (S.counting) count(*range, p, bytes, write, pc.pc);
     if (!range->output) {
         if (write) {
             report("input", pc, "write to an input");
@@ -624,6 +667,7 @@ void run_block() {
         fiber.copies.clear();
         fiber.groups = fiber.products = 0;
         fiber.proxy_fences.clear();
+        fiber.visits.clear();
         auto* top = reinterpret_cast<uint64_t*>(S.stacks + (t + 1) * kStack) - 2;
         *top = reinterpret_cast<uint64_t>(&fiber_main);
         std::memset(top - 6, 0, 48);
@@ -636,6 +680,7 @@ void run_block() {
         for (const Product& product : warpgroup.products) forget(product);
         warpgroup = {};
     }
+    S.reads.clear();
     S.first_epoch = ++S.block_epoch;
     for (auto& epoch : S.warp_epoch) epoch++;
 
@@ -721,7 +766,10 @@ void shim_cp_async(void* to, const void* from, int bytes, int valid) {
         report("bounds", pc, "cp.async to outside of the shared memory asked for");
         give_up();
     }
-    if (valid) access(from, bytes, false, pc);
+    if (valid)
+        access(from, bytes, false, pc);
+    else
+        S.fibers[S.current].visits[pc.pc]++;  // the instruction has come and read nothing
     access(to, bytes, true, pc);
     for (int i = 0; i < bytes / 2; i++) S.cells[(at - S.shared) / 2 + i].pending = true;
     std::memset(at, 0xff, bytes);
@@ -780,7 +828,12 @@ void shim_begin(int schedule, unsigned long long seed, const char* skipped) {
     S.barriers.clear();
     S.schedule = schedule, S.seed = seed ? seed : 1, S.skipped = skipped;
     S.launches = 0, S.blocks_run = 0, S.most_shared = 0, S.only_last = 0;
+    S.counting = false;
+    S.traffic.clear();
 }
+
+// From now on the bytes of tensors that launches move are counted.
+void shim_count() { S.counting = true; }
 
 // From now on each launch runs only its last blocks: those of a tensor too large to run whole.
 void shim_only_last(long blocks) { S.only_last = blocks; }
@@ -791,7 +844,7 @@ void shim_announce(const void* data, size_t bytes, int output) {
     for (const Range& r : S.ranges)
         if (r.begin == begin && r.end == begin + bytes && r.output == static_cast<bool>(output)) return;
     std::erase_if(S.ranges, [&](const Range& r) { return begin < r.end && r.begin < begin + bytes; });
-    S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), Written(output ? bytes : 0)});
+    S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), Written(output ? bytes : 0), {}});
 }
 
 // One report a line: kind, place (file:line, or +offset in the kernels' library), how often, text.
@@ -813,6 +866,18 @@ const char* shim_barriers() {
     static std::string text;
     text.clear();
     for (const auto& barrier : S.barriers) text += barrier + "\n";
+    return text.c_str();
+}
+
+// One tensor of one launch a line: the launch's number, where the tensor begins, bytes asked for, read once a block, and written.
+const char* shim_traffic() {
+    static std::string text;
+    text.clear();
+    for (const auto& [key, moved] : S.traffic) {
+        const long parts[] = {static_cast<long>(key.first), reinterpret_cast<long>(key.second), moved.asked, moved.once, moved.written};
+        for (const long part : parts) text += std::to_string(part) + " ";
+        text += "\n";
+    }
     return text.c_str();
 }
 
