@@ -226,11 +226,12 @@ class Attention(NamedTuple):
         return depth * 3 * self.inner * HALF, taps * self.inner * depth * HALF
 
 
-def lowtention(call: Attention, images: int = 1, rows: int = _TOKENS) -> Moved:
-    """csrc/cuda/lowtention.cu in one launch: so many images a CTA, so many rows of tokens at a time."""
+def lowtention(call: Attention, images: int = 1) -> Moved:
+    """csrc/cuda/lowtention.cu in one launch, so many images a CTA."""
     ctas = -(-call.batch // images)
     qkv, up = call.weights()
     # All weights come once for each block of tokens of a CTA; the last CTA may have fewer images.
+    rows = _TOKENS if images == 1 or images * call.tokens <= _TOKENS else 2 * _TOKENS
     blocks = sum(-(-min(images, call.batch - first) * call.tokens // rows) for first in range(0, call.batch, images))
     asked = call.image * (2 * call.norm + call.residual) + call.taps() * call.channels * HALF
     return Moved(
