@@ -300,9 +300,10 @@ class FusedBlock(nn.Module):
 
     def _eager_weights(self, x: Tensor) -> tuple[list[Tensor | None], PackedWeights | None]:
         if self._frozen:
-            # In this order, here and below: where nothing is packed for the backend, asking for packs brings plain weights back.
-            packs = self._packs_for(x)
-            return self._kept_weights(), packs
+            with _packing:
+                # In this order, here and below: asking for packs brings plain weights back where the backend needs them.
+                packs = self._packs_for(x)
+                return self._kept_weights(), packs
         dtype = self._compute_dtype(x.device.type)
         if type(x) not in _PLAIN_TENSORS:
             # Fake tensors, functorch wrappers and the like must not leave traces in what is kept.
@@ -323,7 +324,9 @@ class FusedBlock(nn.Module):
         return kept, packs
 
     def _kept_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name) for name in _FOLDED[: self._folded_count]]
+        """Plain weights, or stand-ins for them; the block's own are buffers."""
+        own = self._buffers
+        return [own[name] if name in own else getattr(self, name) for name in _FOLDED[: self._folded_count]]
 
     def _kept_packs(self, backend: str | None) -> PackedWeights | None:
         """The weights packed for ``backend``; None if it reads them as they are."""
@@ -621,7 +624,8 @@ def repack(model: nn.Module) -> nn.Module:
 
     Eager calls notice changed parameters by themselves. Call this after changes that leave no trace in version counters (writes
     through ``.data`` or ``.detach()``, parameters made in inference mode, replaced children), and whenever parameters change under
-    a model that is already compiled, exported or captured in a CUDA graph.
+    a model that is already compiled, exported or captured in a CUDA graph. Exported and captured ones may read weights that folding
+    does not change where the parameters are: they follow what is written into a parameter, not a tensor put in its place.
 
     Returns:
         ``model``.
@@ -636,7 +640,7 @@ def repack(model: nn.Module) -> nn.Module:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Drop the original weights of every block, for deployment: only what the operators read stays in memory.
+    """Drop the original weights of every block, for deployment: only what the operators read stays in memory, packed if it can be.
 
     Afterwards the blocks have no parameters: ``state_dict()`` lacks theirs, and training, ``repack``, ``restore`` and loading a
     checkpoint are no longer possible; those that would go wrong raise :class:`~lowkernels.errors.FrozenError`. Moving to another
@@ -653,4 +657,10 @@ def freeze(model: nn.Module) -> nn.Module:
         block._check_freezable()
     for block in blocks:
         block.freeze()
+    from .chain import Chain  # it imports this module
+
+    for module in model.modules():
+        if isinstance(module, Chain):
+            # It remembers the parameters it has to look after.
+            module._forget()
     return model

@@ -229,7 +229,11 @@ class Operator:
         return PackedWeights(choice.backend, kernel.pack(*weights))
 
     def unpacks(self, backend: str) -> bool:
-        """Whether weights packed for ``backend`` can be had back, so that calls may bring stand-ins in their places."""
+        """Whether weights packed for ``backend`` can be had back, so that calls may bring stand-ins in their places.
+
+        They can if its file has ``unpack(packed, weights)``. It gets the list that ``pack`` made and the tensors among the weights,
+        of which it reads shapes only, and returns a tensor for each in the dtype they had; what it returns for None is ignored.
+        """
         return hasattr(dispatch.kernel(self.name, backend), "unpack")
 
     def plain(self, call: tuple[Any, ...], packed: Sequence[Tensor] | None, packed_for: str | None) -> tuple[Any, ...]:

@@ -42,7 +42,8 @@ def accelerate(
     understood stays untouched. :func:`lowkernels.report` says what happened to each module and why, :func:`restore` undoes it.
 
     Parameters, buffers and the state dict stay the same objects under the same names; the blocks keep one copy of their weights
-    with BatchNorm folded in, which follows changes (see :func:`lowkernels.repack` for those that cannot be seen).
+    with BatchNorm folded in, on GPUs another one laid out for the kernels, and these follow changes (see :func:`lowkernels.repack`
+    for those that cannot be seen).
 
     A block can be an operator and still not be exchangeable: its caller may take it apart or read its attributes. So the model is
     also tried as a whole, on ``example_input`` in eval mode, before anything is exchanged for good. Where it does not run, that and

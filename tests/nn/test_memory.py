@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 import lowformer
 import lowkernels
 from lowkernels import backends
-from lowkernels.nn import ConvNormAct, FusedBlock, FusedMBConv, GroupNormMLP, Lowtention, MBConv, SeparableConv
+from lowkernels.nn import ConvNormAct, FusedBlock, FusedMBConv, GroupNormMLP, Lowtention, MBConv, SeparableConv, chain_blocks
 from lowkernels.ops.operator import is_stand_in
 from lowkernels.testing import assert_within_budget
 from tests.ops import probe as probe_backend
@@ -103,6 +106,21 @@ def test_packed_weights_alone(case: Case, dtype: torch.dtype) -> None:
     assert not list(block.parameters())
     assert all(w is None or is_stand_in(w) for w in block._kept_weights())
     _assert_packed_alone(block, dtype)
+
+
+@pytest.mark.usefixtures("native")
+def test_freezing_a_chain_releases_parameters() -> None:
+    model = nn.Sequential(nn.Sequential(BLOCKS["mbconv"].block(torch.float32), BLOCKS["mlp"].block(torch.float32)))
+    for parent, name, chain in chain_blocks(model):
+        setattr(parent, name, chain)
+    x = BLOCKS["mlp"].x(torch.float32)
+    with torch.no_grad():
+        expected = [model(x) for _ in range(2)][1]
+        originals = [weakref.ref(p) for p in model.parameters()]
+        lowkernels.freeze(model)
+        gc.collect()
+        assert not [ref() for ref in originals if ref() is not None]
+        assert all(torch.equal(model(x), expected) for _ in range(2))
 
 
 @pytest.mark.usefixtures("native")
@@ -364,6 +382,56 @@ def test_autocast_of_a_frozen_block(case: Case, compiled: bool) -> None:
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, copy.deepcopy(block).bfloat16()(x.bfloat16()))
     assert _stand_ins(block)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@each(BLOCKS)
+def test_threads_that_ask_for_different_backends(case: Case, frozen: bool) -> None:
+    """Half of them make the others' stand-ins into weights under way."""
+    x = case.x(torch.float32)
+    for _ in range(3):
+        block = case.block(torch.float32)
+        if frozen:
+            lowkernels.freeze(block)
+        results: list[Any] = [None] * 6
+        barrier = threading.Barrier(len(results))
+
+        def work(i: int, block: Any = block, results: Any = results, barrier: Any = barrier) -> None:
+            barrier.wait()
+            try:
+                with torch.no_grad(), lowkernels.use_backend("eager" if i % 2 else "cpu"):
+                    results[i] = [block(x) for _ in range(4)]
+            except Exception as error:
+                results[i] = error
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, found in enumerate(results):
+            assert isinstance(found, list), found
+            assert all(torch.equal(out, results[i % 2][0]) for out in found)
+            within_budget(case, case.block(torch.float32), x, found[0])
+
+
+@pytest.mark.usefixtures("native")
+def test_compiled_for_any_size() -> None:
+    """Sizes are symbols then, and what is kept is still known for what it is."""
+    case = BLOCKS["fused-mbconv"]
+    block = lowkernels.freeze(case.block(torch.float32))
+    torch._dynamo.reset()
+    run = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (6, 9):
+        x = case.x(torch.float32, height=size)
+        with torch.no_grad():
+            assert torch.equal(run(x), block(x))
+            with lowkernels.use_backend("eager"):
+                within_budget(case, case.block(torch.float32), x, run(x))
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        (grad,) = torch.autograd.grad(run(leaf).sum(), leaf)
+        assert torch.equal(grad, torch.autograd.grad(block(leaf).sum(), leaf)[0])
 
 
 def _saved(block: Any) -> Any:
