@@ -6,6 +6,37 @@
 
 namespace lowkernels {
 
+// The sum over the block of `value`. Needs WARPS floats that nobody else uses.
+template <int WARPS>
+LK_DEVICE float block_sum(float value, float* scratch) {
+    leave_sum(value, scratch);
+    block_sync();
+    return total<WARPS>(scratch);
+}
+
+// Of some values: their mean and the sum of squared differences from it.
+struct Moments {
+    float mean, squares;
+};
+
+// Of 4 `quads` values, `read(i)` giving the i-th four. In two passes: the second one over differences from the mean, which does not
+// cancel. Needs 2 WARPS floats.
+template <int WARPS = kWarps, typename I, typename F>
+LK_DEVICE Moments moments(I quads, float* scratch, F read) {
+    float sum = 0.0f, squares = 0.0f;
+    for (I i = thread_index(); i < quads; i += WARPS * kWarp) {
+        const Float4 v = read(i);
+        sum += (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]);
+    }
+    const float mean = block_sum<WARPS>(sum, scratch) / static_cast<float>(4 * quads);
+    for (I i = thread_index(); i < quads; i += WARPS * kWarp) {
+        const Float4 v = read(i);
+#pragma unroll
+        for (int c = 0; c < 4; c++) squares += (v.v[c] - mean) * (v.v[c] - mean);
+    }
+    return {mean, block_sum<WARPS>(squares, scratch + WARPS)};
+}
+
 // Quads of four elements of an image, and of one of the pieces that partial_moments makes of it.
 LK_DEVICE int64_t image_quads(const ExpandProject& p) { return static_cast<int64_t>(p.g.h) * (p.g.c / 4); }
 LK_DEVICE int64_t piece_quads(const ExpandProject& p) { return ceil_div(image_quads(p), static_cast<int64_t>(p.pieces)); }

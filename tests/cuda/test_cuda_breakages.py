@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowkernels.backends.cuda import chains, tiling
+from lowkernels.choosing import settings
 from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import check_call, random_call
 from tests.cuda import execution
@@ -31,6 +32,8 @@ FUSED: dict[str, Any] = {"channels": 12, "hidden": 132, "out_channels": 68, "hei
 MLP: dict[str, Any] = {"channels": 12, "hidden": 132, "out_channels": 68, "height": 9, "width": 5, "batch": 3}
 # Small images, two to a CTA where CTAs take several, and one that is not there.
 PAIRS: dict[str, Any] = {"height": 5, "width": 6, "batch": 3}
+# Images in pairs whose rows are more than one image's may be, and no whole tiles.
+IMAGES: dict[str, Any] = {"height": 7, "width": 6, "stride": 1, "batch": 3}
 # An image that takes three launches.
 LARGE: dict[str, Any] = {"height": 18, "width": 15, "stride": 1, "channels": 12, "num_heads": 1, "batch": 1}
 CALLS = {
@@ -81,7 +84,7 @@ BREAKAGES = [
     Breakage("gn_mlp", "gn_mlp.cu", "cp_async_wait<C::kStages - 1>();", "", "pending"),
     Breakage("gn_mlp", "normalise.cuh", "block_sync();  // the rows have landed", "", "race", True),
     Breakage("gn_mlp", "normalise.cuh", "} else if (end - row == p.g.h) {", "} else if (true) {", NUMBERS),
-    Breakage("gn_mlp", "statistics.cuh", "(squares, scratch + WARPS)", "(squares, scratch)", "race", True),
+    Breakage("gn_mlp", "normalise.cuh", "(squares, scratch + WARPS)", "(squares, scratch)", "race", True),
     Breakage("gn_mlp", "normalise.cuh", "p.partial[2 * block_x() + 1] = m.squares;", "", "unwritten", large=True),
     # conv_act: what a window, a chunk, a CTA's pixels and their sums end with; the order of stages. Pairs pool.
     Breakage("conv_act", "conv_act.cu", "row.y + ky >= 0 && ", "", "bounds"),
@@ -131,6 +134,21 @@ BREAKAGES = [
     ),
     Breakage("lowtention", "lowtention.cu", "y < 0 || y >= p.h || ", "", "bounds"),
     Breakage("lowtention", "lowtention.cu", "j >= 0 && j < p.grid_w", "j < p.grid_w", NUMBERS),
+    # Several images a CTA: where each begins, whose statistics, keys and queries, and what the last CTA has not.
+    Breakage("lowtention", "lowtention.cu", "smaller(p.images, p.n - image)", "p.images", "bounds", True),
+    Breakage("lowtention", "lowtention.cu", "block_x() * p.images, images", "block_x(), images", "twice", True),
+    Breakage("lowtention", "lowtention.cu", "from[n] = x + r.number * size", "from[n] = x + 0 * size", NUMBERS, True),
+    Breakage("lowtention", "lowtention.cu", "statistics[r.number]", "statistics[0]", NUMBERS, True),
+    Breakage("lowtention", "lowtention.cu", "load4(x + (first + n) * size", "load4(x + first * size", NUMBERS, True),
+    Breakage("lowtention", "lowtention.cu", "if (first + n < images) add(", "add(", "bounds", True),
+    Breakage("lowtention", "lowtention.cu", "squares = sums + images * kWarps", "squares = sums + kWarps", "race", True),
+    Breakage("lowtention", "lowtention.cu", "{image + number, number, token", "{image, number, token", "twice", True),
+    Breakage("lowtention", "lowtention.cu", "first + row < end ?", "true ?", "bounds", True),
+    Breakage("lowtention", "lowtention.cu", "p.heads * p.tokens * length + head", "p.heads * 32 * length + head", NUMBERS, True),
+    Breakage("lowtention", "lowtention.cu", "task < images * p.heads * tiles", "task < p.heads * tiles", NUMBERS, True),
+    Breakage("lowtention", "lowtention.cu", "smaller(lane_index() % 16, live - 1)", "lane_index() % 16", "race", True),
+    Breakage("lowtention", "lowtention.cu", "store(query, length, live);", "store(query, length, 16);", "race", True),
+    Breakage("lowtention", "lowtention.cu", "(count - first) / 16;", "TILES;", "bounds", True),
     Breakage(
         "lowtention",
         "lowtention.cu",
@@ -144,6 +162,9 @@ BREAKAGES = [
     barrier("mbconv", "mbconv.cu", "X, the targets and the border are there"),
     barrier("mbconv", "mbconv.cu", "the window is whole, and nobody reads D any more"),
     barrier("mbconv", "mbconv.cu", "D is whole, and nobody reads the window any more"),
+    barrier("lowtention", "lowtention.cu", "the sums of all warps are there"),
+    barrier("lowtention", "lowtention.cu", "the squares of all warps are there"),
+    barrier("lowtention", "lowtention.cu", "the table and the statistics are there"),
     barrier("lowtention", "lowtention.cu", "D is whole"),
     barrier("lowtention", "lowtention.cu", "these rows of QKV are whole, and nobody reads D any more"),
     barrier("lowtention", "lowtention.cu", "every head's result stands in its queries' place"),
@@ -153,13 +174,13 @@ BREAKAGES = [
     Breakage("separable_conv", "separable_conv.cu", "windows + chunk % 2 * window_size;", "windows;", "pending"),
     Breakage(
         "lowtention",
-        "statistics.cuh",
-        "    block_sync();\n    float sum",
-        "    if (lane_index() < 16) block_sync();\n    float sum",
+        "lowtention.cu",
+        "block_sync();  // the sums",
+        "if (lane_index() < 16) block_sync();  // the sums",
         "deadlock",
     ),
-    Breakage("lowtention", "statistics.cuh", "(squares, scratch + WARPS)", "(squares, scratch)", "race"),
-    Breakage("lowtention", "lowtention.cu", "stages + first / kRows % 2 * 2", "stages + first / kRows % 2", "pending", large=True),
+    Breakage("lowtention", "lowtention.cu", "squares = sums + images * kWarps", "squares = sums", "race"),
+    Breakage("lowtention", "lowtention.cu", "stages + first / kKeys % 2 * 2", "stages + first / kKeys % 2", "pending", large=True),
     Breakage(
         "lowtention",
         "lowtention.cu",
@@ -185,13 +206,13 @@ BREAKAGES = [
     Breakage(
         "lowtention",
         "lowtention.cu",
-        "int i = thread_index(); i < kRows * quads",
-        "int i = thread_index(); i < (p.tokens - first) * quads",
+        "int i = thread_index(); i < apart * quads",
+        "int i = thread_index(); i < (apart - 1) * quads",
         "unwritten",
         True,
     ),
     Breakage("separable_conv", "separable_conv.cu", "(p.g.c > kChunk ? 2 : 1)", "1", "bounds"),
-    Breakage("lowtention", "lowtention.cu", "(rows + 1) * (3", "rows * (3", "bounds"),
+    Breakage("lowtention", "lowtention.cu", "(rows + 1) * (3", "(rows - 1) * (3", "bounds"),
     Breakage("separable_conv", "window.cuh", "block_y() * C::kPass + ", "", "twice"),
     Breakage("lowtention", "lowtention.cu", "task < p.stride * p.stride * blocks * pairs", "task < blocks * pairs", "missing"),
     # Layouts.
@@ -203,7 +224,7 @@ BREAKAGES = [
         "mbconv", "window.cuh", "const int offset = ky * p.window_w + kx;", "const int offset = kx * p.window_w + ky;", NUMBERS
     ),
     Breakage("lowtention", "lowtention.cu", "ldmatrix_x4_transposed(b,", "ldmatrix_x4(b,", NUMBERS),
-    Breakage("lowtention", "lowtention.cu", "lane % 4 * 2 + i < live ?", "lane % 4 * 2 + i < kRows ?", NUMBERS, True),
+    Breakage("lowtention", "lowtention.cu", "lane % 4 * 2 + i < live ?", "lane % 4 * 2 + i < kKeys ?", NUMBERS, True),
     Breakage("lowtention", "lowtention.cu", "out[j][2 * half] *= shrink;", "", NUMBERS),
 ]
 
@@ -256,7 +277,8 @@ def variant(operator: str, breakage: Breakage | None) -> Path:
 
 def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Kinds of reports, and ``numbers`` if the result is wrong."""
-    call = random_call(operator, dtype=torch.float16, **{**CALLS[operator], **(PAIRS if pairs else LARGE if large else {})})
+    paired = IMAGES if operator == "lowtention" else PAIRS
+    call = random_call(operator, dtype=torch.float16, **{**CALLS[operator], **(paired if pairs else LARGE if large else {})})
     if operator == "conv_act":
         monkeypatch.setattr(conv_act, "choose", lambda *args: conv_act.CONFIGS[2])
         call = random_call(operator, dtype=torch.float16, **{**CONV, **({**PAIRS, "pool": True} if pairs else {})})
@@ -268,7 +290,8 @@ def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch
     elif pairs:
         monkeypatch.setattr(tiling, "choose", lambda shape, device: tiling.Tile(2, 5, 6, 2))
     found = set()
-    with execution.watched(library) as outcome:
+    images = {"images": 2} if operator == "lowtention" and pairs else {}
+    with settings.using(images), execution.watched(library) as outcome:
         try:
             check_call(operator, call.args, "cuda")
         except AssertionError:
@@ -289,6 +312,7 @@ def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch
         ("mbconv", True, False),
         ("gn_mlp", True, False),
         ("gn_mlp", False, True),
+        ("lowtention", True, False),
         ("lowtention", False, True),
     ],
 )

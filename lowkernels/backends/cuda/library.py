@@ -27,7 +27,8 @@ SCHEMAS: dict[str, str] = {
     "gn_mlp": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, "
     "Tensor project_bias, Tensor(b!)[] partial, Tensor(a!) out, float eps, int act, bool residual, int[] tile",
     "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, "
-    "Tensor(b!)[] scratch, Tensor(a!) out, float eps, float scale, int heads, int inner, int kernel, int stride, bool residual",
+    "Tensor(b!)[] scratch, Tensor(a!) out, float eps, float scale, int heads, int inner, int kernel, int stride, int images, "
+    "bool residual",
 }
 
 

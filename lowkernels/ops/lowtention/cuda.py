@@ -1,8 +1,9 @@
-"""lowtention in CUDA C++: a CTA makes the whole block of one image as long as its tokens fit into shared memory; three launches
-beyond, with q, k and v in global memory."""
+"""lowtention in CUDA C++: a CTA makes the whole block of one image, or of several with few tokens, as long as they fit into shared
+memory; three launches beyond, with q, k and v in global memory."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,24 +12,49 @@ from torch import Tensor
 from ...backends.cuda import launch, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import GROUP, STEP, attention_channels, rounded_up
+from ...choosing import settings
 
 # Above this one CTA would work too long alone.
 MAX_FUSED_TOKENS = 256
 MAX_HEAD_DIM = 64
-# Tokens go through the CTA in blocks of so many; csrc/cuda/lowtention.cu: kRows.
+# csrc/cuda/lowtention.cu: the most tokens that several images of a CTA may have together; rows it works on at a time otherwise;
+# bytes of a row of its table, and of an image's statistics.
+MAX_SHARED_TOKENS = 128
 _ROWS = 64
+_TABLE = 16
+_STATISTICS = 8 + 2 * 8 * 4
 
 
-def shared_bytes(channels: int, inner: int, tokens: int) -> int:
+def shared_bytes(channels: int, inner: int, tokens: int, images: int = 1) -> int:
     """Shared memory of a CTA that does it all, as csrc/cuda/lowtention.cu asks for it. ``inner`` has heads rounded up."""
-    rows = rounded_up(tokens, _ROWS)
-    return 2 * (_ROWS * (rounded_up(channels, STEP) + 8) + (rows + 1) * (3 * inner + 8)) + 64
+    rows = rounded_up(images * tokens, 16)
+    block = MAX_SHARED_TOKENS if images > 1 and images * tokens > _ROWS else _ROWS
+    tile = min(rows, block) * (rounded_up(channels, STEP) + 8)
+    return 2 * (tile + (rows + 1) * (3 * inner + 8)) + _TABLE * rows + _STATISTICS * images
 
 
 def shared_bytes_of_three(channels: int, inner: int, head: int, grid_width: int) -> int:
     """The most shared memory a CTA of the three launches asks for; ``head`` is a head's channels, rounded up."""
-    tile = 2 * _ROWS * (rounded_up(channels, STEP) + 8) + 64
-    return max(tile, 2 * (128 + 4 * _ROWS) * (head + 8), 2 * (_ROWS + 2 * (grid_width + 1) + 1) * (inner + 8))
+    tile = 2 * _ROWS * (rounded_up(channels, STEP) + 8) + _TABLE * _ROWS + _STATISTICS
+    reach = _TABLE * _ROWS + 2 * (_ROWS + 2 * (grid_width + 1) + 1) * (inner + 8)
+    return max(tile, 2 * (128 + 4 * 64) * (head + 8), reach)
+
+
+@functools.lru_cache(maxsize=4096)
+def images_of(batch: int, channels: int, inner: int, tokens: int, device: tiling.Device) -> tuple[int, ...]:
+    """How many images a CTA may have, the best first.
+
+    Weights are read once a CTA: the more images, the fewer bytes come through the L2 cache. But no multiprocessor may get more
+    images than with one a CTA, or others would stand idle meanwhile.
+    """
+    most = max(1, min(batch, MAX_SHARED_TOKENS // tokens))
+    able = [n for n in range(1, most + 1) if shared_bytes(channels, inner, tokens, n) <= device.shared]
+
+    def busiest(images: int) -> int:
+        ctas = math.ceil(batch / images)
+        return images * math.ceil(ctas / device.processors)
+
+    return tuple(sorted(able, key=lambda images: (busiest(images), -images)))
 
 
 def _grid(x: Tensor, stride: int) -> tuple[int, int]:
@@ -119,6 +145,28 @@ def pack(
     ]
 
 
+def candidates(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    qkv_weight: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    num_heads: int,
+    stride: int,
+    residual: bool,
+) -> list[dict[str, int]]:
+    height, width = _grid(x, stride)
+    inner = _inner(up_weight, num_heads)
+    if not _fused(dw_weight, inner, height * width):
+        return []
+    able = images_of(x.shape[0], x.shape[1], inner, height * width, tiling.device_of(x))
+    return [{"images": images} for images in able[1 : 1 + tiling.CANDIDATES]]
+
+
 def forward(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -142,9 +190,14 @@ def forward(
     inner = _inner(up_weight, num_heads)
     height, width = _grid(x, stride)
     scratch: list[Tensor] = []
-    if not _fused(dw_weight, inner, height * width):
+    images = 1
+    if _fused(dw_weight, inner, height * width):
+        able = images_of(x.shape[0], x.shape[1], inner, height * width, tiling.device_of(x))
+        asked = settings.current()
+        images = asked["images"] if asked.keys() == {"images"} and asked["images"] in able else able[0]
+    else:
         scratch = [x.new_empty(x.shape[0], height * width, channels) for channels in (3 * inner, inner)]
     torch.ops.lowkernels_cuda.lowtention.default(
-        launch.aligned(x), norm, *weights, scratch, out, eps, scale, num_heads, inner, dw_weight.shape[2], stride, residual
+        launch.aligned(x), norm, *weights, scratch, out, eps, scale, num_heads, inner, dw_weight.shape[2], stride, images, residual
     )
     return out
