@@ -359,6 +359,7 @@ def test_plan_of_convolutions(on_hopper: None, monkeypatch: pytest.MonkeyPatch) 
     assert chosen(256, 3, 224, 16) is None
     assert chosen(256, 256, 14, 1536, 1, pool=True) is None
     assert chosen(1, 1536, 1, 1600, 1) is None
+    assert hopper_conv.pack(torch.empty(1600, 1536, 1, 1)) == []
     monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_80")
     assert chosen(256, 256, 7, 1536, 1, pool=True) is None
     monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_90a")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import chains, hopper, tiling
-from .pack import STEP
+from .pack import STEP, rounded_up
 from .tiling import Device
 
 # csrc/cuda/conv_act_sm90.cu: kMostPooled.
@@ -147,7 +147,10 @@ def _faster(conv: Conv, device: Device, others: float) -> Tile | None:
 
 
 def pack(weight: Tensor) -> list[Tensor]:
-    """The weights as the tier has them; empty where no call of theirs can take it."""
-    if weight.shape[0] % 4 or weight.shape[1] % 4 or hopper.unusable(weight.device) is not None:
+    """The weights as the tier has them; empty where no call of theirs can take it, or gains by it: the depth of a classifier's
+    fully connected layers leaves no room for the pixels of a warpgroup."""
+    columns, channels = weight.shape[:2]
+    if columns % 4 or channels % 4 or hopper.unusable(weight.device) is not None:
         return []
-    return [hopper.convolution(weight)]
+    least = min(config.stages for config in CONFIGS) * hopper.SLAB_BYTES + 2 * 64 * (rounded_up(channels, STEP) + 8)
+    return [hopper.convolution(weight)] if least <= tiling.device_of(weight).shared else []
