@@ -20,9 +20,9 @@ def test_lesser_instruction_set(isa: str, native: None) -> None:
     order = build.INSTRUCTION_SETS
     if isa == best or "neon" in (isa, best) or order.index(isa) > order.index(best):
         pytest.skip(f"this processor's best instruction set is {best}: {isa} is tested directly, or cannot run")
-    operators = Path(__file__).with_name("test_cpu_operators.py")
-    chosen = ["-m", "not slow", "-k", "contract or threads or nan or 14 or 112"]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen, str(operators)]
+    files = [str(Path(__file__).with_name(name)) for name in ("test_cpu_operators.py", "test_cpu_unpacking.py")]
+    chosen = ["-m", "not slow", "-k", "contract or threads or nan or 14 or 112 or come_back or budget"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen, *files]
     environment = {**os.environ, build.ISA_VARIABLE: isa}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
