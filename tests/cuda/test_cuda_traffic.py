@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lowkernels.backends.cuda import chains, hopper, hopper_conv, library, tiling
+from lowkernels.choosing import settings
 from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import random_call
 from tests.cuda import execution, traffic
@@ -177,6 +178,12 @@ def attention(shape: dict[str, Any]) -> traffic.Attention:
     inner = s["num_heads"] * s["head_dim"]
     sides = s["height"], s["width"], s["kernel_size"], s["stride"]
     return traffic.Attention(s["batch"], s["channels"], *sides, s["num_heads"], inner, s["norm"], True)
+
+
+def test_lowtention_of_several_images(kernels: Path) -> None:
+    shape = {**ATTENTION[0], "batch": 5}
+    with settings.using({"images": 2}):
+        agree(counted(kernels, "lowtention", **shape), traffic.lowtention(attention(shape), 2))
 
 
 @pytest.mark.parametrize("shape", ATTENTION)
