@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lowformer
 import lowkernels
@@ -382,6 +383,29 @@ def test_autocast_of_a_frozen_block(case: Case, compiled: bool) -> None:
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, copy.deepcopy(block).bfloat16()(x.bfloat16()))
     assert _stand_ins(block)
+
+
+@pytest.mark.usefixtures("native")
+@each(BLOCKS)
+def test_compiled_graphs_follow(case: Case) -> None:
+    """Parameters written to, and others put in their places, without compiling again."""
+    block = case.block(torch.float32)
+    x = case.x(torch.float32)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(block, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        before = run(x)
+        for assign in (False, True):
+            block.load_state_dict(
+                {k: v * 1.25 if v.is_floating_point() else v for k, v in block.state_dict().items()}, assign=assign
+            )
+            lowkernels.repack(block)
+            after = run(x)
+            assert torch.equal(after, block(x))
+            assert not torch.equal(after, before)
+            before = after
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("native")
