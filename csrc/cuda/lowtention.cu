@@ -14,7 +14,7 @@
 //                  83.8 KB for c 256, i 128; two of them 75.8 and 146.2 KB
 //   registers      128 and two CTAs an SM; 255 and one with blocks of 128, and for heads of more than 32 channels
 //   from L2        x twice for the statistics, once for every tap of a token and once as residual; all weights once for each b rows;
-//                  LowFormer-B1's 14x14x128, L1 keeping all to nothing: 353 to 707 KB an image
+//                  LowFormer-B1's 14x14x128, one image a CTA, L1 keeping all to nothing: 353 to 707 KB an image
 //
 // Images whose QKV does not fit go through global memory in three launches: QKV of 64 tokens a CTA (tokens_kernel), attention of 128
 // queries of one head a CTA over keys that come in by cp.async (attention_kernel), the transposed convolution of 64 tokens a CTA
