@@ -42,9 +42,10 @@ def _unavailable_cuda() -> str | None:
         return "this PyTorch is built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    # Of several GPUs one may be too old: calls on that one are refused when they come.
+    major, minor = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if (major, minor) < MINIMUM_ARCH:
-        return f"a GPU here has compute capability {major}.{minor}; its kernels need {MINIMUM_ARCH[0]}.{MINIMUM_ARCH[1]} or more"
+        return f"the GPU here has compute capability {major}.{minor}; its kernels need {MINIMUM_ARCH[0]}.{MINIMUM_ARCH[1]} or more"
     return None
 
 

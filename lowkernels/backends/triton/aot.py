@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
 import io
 import multiprocessing
 import os
@@ -29,16 +28,12 @@ import torch
 from torch import Tensor
 
 from ...choosing import settings
-from ...ops import OPERATORS
 from ...testing import Call
-from . import configs
-from .launch import Launch, Target, planning_for
+from . import configs, model
+from .launch import Launch, Target
 from .layers import Layer, layers, meta_layer, name
+from .model import PROCESSORS, SHARED_LIMIT
 
-# Shared memory a block may have, in bytes, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-# Streaming multiprocessors of a typical part: A100, RTX 3090, L40S, H100/H200, B200, RTX 5090.
-PROCESSORS = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}
 # The kinds of arithmetic the tables know: dtypes, and fp32 with products in tf32.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 _TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -77,11 +72,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 def launches(call: Call, target: Target) -> list[Launch]:
     """What a call would launch on ``target``."""
-    operator = OPERATORS[call.operator]
-    module = importlib.import_module(f"lowkernels.ops.{call.operator}.triton")
-    packed = module.pack(*operator.weights(call.args))
-    with planning_for(target):
-        return list(module.plan(*call.args, packed)[1])
+    return model.launches(call.operator, call.args, target)
 
 
 def _type(value: Any) -> str:

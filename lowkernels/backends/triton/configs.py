@@ -1,4 +1,4 @@
-"""Which tile sizes a kernel runs with: tables shipped beside this file, and general settings where no row fits.
+"""Which tile sizes a kernel runs with: tables shipped beside this file, and :mod:`.model` where no row fits.
 
 ``tables/<operator>.json`` holds a list of rows::
 
@@ -16,12 +16,17 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...choosing import settings
+from . import model
+
+if TYPE_CHECKING:
+    from .launch import Target
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -70,7 +75,7 @@ def table(operator: str) -> list[dict[str, Any]]:
     try:
         return parse(path.read_text())
     except (OSError, TableError) as error:
-        warnings.warn(f"lowkernels: {path} is ignored, kernels run with general settings: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"lowkernels: {path} is ignored, the cost model chooses instead: {error}", RuntimeWarning, stacklevel=2)
         return []
 
 
@@ -103,14 +108,35 @@ def alternatives(operator: str, row: int) -> list[dict[str, int]]:
     return [] if row < 0 else list(table(operator)[row].get("alternatives", []))
 
 
-def choose(operator: str, arch: int, dtype: str, *, fallback: dict[str, int], **features: int) -> dict[str, int]:
-    """The configuration of a call: the fields of ``fallback``, with those of the table's row, if one serves it, instead, and with
-    those of the call's setting instead of both.
+def choose(operator: str, target: Target, dtype: str, call: Sequence[Any], **features: int) -> dict[str, int]:
+    """The configuration of a call: its setting if it has one, else the table's row that serves it, else the model's pick.
 
-    ``row`` is the number of that row, or -1.
+    Args:
+        operator: its name.
+        target: what for.
+        dtype: as :func:`arithmetic` gives it.
+        call: the operator's arguments without the dispatch ones, all of them.
+        features: what rows of the table go by.
+
+    Returns:
+        Names to integers, among them ``row``: the number of the table's row, or -1; :func:`origin` puts it in words.
     """
-    rows = table(operator)
-    index = find(rows, arch, dtype, features)
-    chosen = {**fallback, "row": -1} if index is None else {**fallback, **rows[index]["config"], "row": index}
     setting = settings.current()
-    return {**chosen, **setting} if setting else chosen
+    rows = table(operator)
+    index = find(rows, target.arch, dtype, features)
+    if index is not None:
+        return {**rows[index]["config"], **setting, "row": index, "tuned": int(bool(setting))}
+    chosen = model.candidates(operator, dtype)[0] if setting else model.pick(operator, call, target, dtype)
+    return {**chosen, **setting, "row": -1, "tuned": int(bool(setting))}
+
+
+def varied(base: dict[str, int], *changes: dict[str, int]) -> list[dict[str, int]]:
+    """``base``, and ``base`` with each of ``changes``."""
+    return [base, *({**base, **changed} for changed in changes)]
+
+
+def origin(config: dict[str, int]) -> str:
+    """Where a configuration is from: ``"tuned"``, ``"table row 3"`` or ``"cost model"``."""
+    if config["tuned"]:
+        return "tuned"
+    return "cost model" if config["row"] < 0 else f"table row {config['row']}"

@@ -2,9 +2,11 @@
 """Window or 1x1 product, activation, 1x1 product, in one kernel: fused_mbconv, and gn_mlp with the GroupNorm folded in.
 
 A program owns BM output pixels. For each chunk of BE expanded channels it runs the first product over the window (an implicit
-GEMM), activates in registers, and accumulates the second product; the expanded tensor never exists. Expanded channels beyond E are
-zero: padded weights and biases are, and every activation maps 0 to 0.
+GEMM), activates in registers, and accumulates the second product; the expanded tensor never exists. Expanded channels that only pad
+a chunk are set to zero: their weights are zero, but zero times infinity is not.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -30,16 +32,38 @@ from .launch import Launch, block, ceil_div, column_groups, dividing_block
 INLINE_STATISTICS = 2**17
 PIECES = 32
 
+_HALF = configs.varied(
+    {"BM": 64, "BE": 64, "BK": 32, "LIMIT": 128, "GROUPS": 1, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
+    {"BM": 16, "num_warps": 4},
+    {"BM": 32, "num_warps": 4},
+    {"BE": 128},
+    {"LIMIT": 256},
+    {"BE": 32, "LIMIT": 512},
+    {"BM": 128, "LIMIT": 64},
+    {"BM": 128, "BE": 32},
+)
+_SINGLE = configs.varied(
+    {"BM": 64, "BE": 64, "BK": 16, "LIMIT": 128, "GROUPS": 1, "num_warps": 8, "num_stages": 2, "maxnreg": 255},
+    {"BM": 16},
+    {"BM": 32},
+)
+_TF32 = configs.varied({**_SINGLE[0], "BE": 32}, {"BM": 16}, {"BM": 32}, {"BM": 32, "LIMIT": 64})
+# What the cost model chooses from where no table has a row, by arithmetic: without GroupNorm, and with it, which takes registers.
+CANDIDATES = {"float16": _HALF, "bfloat16": _HALF, "tf32": _TF32, "float32": _SINGLE}
+_HALF_NORM = configs.varied({**_HALF[0], "BE": 32}, {"BM": 16}, {"BM": 32}, {"LIMIT": 256})
+NORM_CANDIDATES = {**CANDIDATES, "float16": _HALF_NORM, "bfloat16": _HALF_NORM}
+
 
 @triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "piece"])
 def expand_project(
     x, w1, b1, fold, w2, w2_tail, b2, partial, out, N, H, W, HO, WO, piece, eps,
-    C: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CO: tl.constexpr, COLUMNS: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EXPANDED: tl.constexpr, CO: tl.constexpr, COLUMNS: tl.constexpr,
     KS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     NORM: tl.constexpr, PIECES: tl.constexpr, BS: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
-    """x [N, H, W, C]; w1 [K, E]; b1 [E]; fold [2, E] or None; w2 [E, COLUMNS]; b2 [COLUMNS]; out [N, HO, WO, CO].
+    """x [N, H, W, C]; w1 [K, E], of which EXPANDED columns are no padding; b1 [E]; fold [2, E] or None; w2 [E, COLUMNS]; b2
+    [COLUMNS]; out [N, HO, WO, CO].
 
     ``w2_tail`` is the descriptor of the second column group, if there is one and TMA. NORM: "none"; "inline": statistics of the
     images are taken here; "given": from ``partial`` [N, 2, PIECES]. Program ids: (tile, pass over output columns).
@@ -94,7 +118,10 @@ def expand_project(
             h = h * load_vector(fold, e, E, BE)[None, :]
             if not NORMALISE:
                 h = rstd[:, None] * (h - mean[:, None] * load_vector(fold + E, e, E, BE)[None, :])
-        h = activate(h + load_vector(b1, e, E, BE)[None, :], ACT).to(x.dtype.element_ty)
+        h = activate(h + load_vector(b1, e, E, BE)[None, :], ACT)
+        if EXPANDED % BE != 0:
+            h = tl.where((e + tl.arange(0, BE) < EXPANDED)[None, :], h, 0.0)
+        h = h.to(x.dtype.element_ty)
         y1 = tl.dot(h, load_weight(w2, e, column, E, COLUMNS, BE, N1, TMA), y1, input_precision=PRECISION)
         if N2 > 0:
             if TMA:
@@ -110,9 +137,10 @@ def expand_project(
 
 def plan(
     operator: str,
-    x: torch.Tensor,
+    call: tuple[Any, ...],
     weights: list[torch.Tensor],
     fold: torch.Tensor | None,
+    expanded: int,
     out_channels: int,
     act: str,
     kernel_size: int,
@@ -123,8 +151,10 @@ def plan(
 ) -> tuple[torch.Tensor, list[Launch]]:
     """The output, still unwritten, and the launches that write it: one, or two where an image's statistics need their own.
 
-    ``weights`` are packed: w1, b1, w2, b2. ``fold`` is given if the first product's input is normalised.
+    ``call`` has the operator's arguments. ``weights`` are packed: w1, b1, w2, b2. ``fold`` is given if the first product's input
+    is normalised.
     """
+    x: torch.Tensor = call[0]
     w1, b1, w2, b2 = weights
     batch, channels, height, width = x.shape
     out_height, out_width = ((n + 2 * padding - kernel_size) // stride + 1 for n in (height, width))
@@ -133,9 +163,9 @@ def plan(
     target = launch.target(x)
     config = configs.choose(
         operator,
-        target.arch,
+        target,
         configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
-        fallback={"BM": 64, "BE": 64, "BK": 32, "LIMIT": 256, "GROUPS": 2, "TMA": 0, "num_warps": 8, "num_stages": 2},
+        call,
         channels=channels,
         columns=out_channels,
         expanded=w1.shape[1],
@@ -144,8 +174,8 @@ def plan(
     flat = channels % 32 != 0
     bk = block(config["BK"], w1.shape[0]) if flat else dividing_block(config["BK"], channels)
     be = block(config["BE"], w1.shape[1])
-    passes, first, second = column_groups(w2.shape[1], config["LIMIT"], config["GROUPS"] == 2)
-    tma = bool(config["TMA"])
+    passes, first, second = column_groups(w2.shape[1], config.get("LIMIT", 256), config.get("GROUPS", 2) == 2)
+    tma = bool(config.get("TMA"))
 
     launches = []
     norm, partial, piece = "none", None, 0
@@ -162,7 +192,7 @@ def plan(
                 (batch, PIECES, 1),
                 (x, partial, length, piece),
                 {"PIECES": PIECES, "BS": 4096},
-                {"num_warps": 4, "num_stages": 1, "row": -1},
+                {"num_warps": 4, "num_stages": 1, "row": -1, "tuned": 0},
             )
         )
     launches.append(
@@ -182,8 +212,9 @@ def plan(
                 *(batch, height, width, out_height, out_width, piece, eps),
             ),
             {
-                **{"C": channels, "K": w1.shape[0], "E": w1.shape[1], "CO": out_channels, "COLUMNS": w2.shape[1]},
-                **{"KS": kernel_size, "STRIDE": stride, "PAD": padding, "ACT": act, "RESIDUAL": residual},
+                **{"C": channels, "K": w1.shape[0], "E": w1.shape[1], "EXPANDED": expanded},
+                **{"CO": out_channels, "COLUMNS": w2.shape[1], "KS": kernel_size, "STRIDE": stride, "PAD": padding},
+                **{"ACT": act, "RESIDUAL": residual},
                 **{"NORM": norm, "PIECES": PIECES, "BS": min(4096, launch.power_of_two_above(length)), "FLAT": flat},
                 **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma},
                 **{"BM": config["BM"], "BE": be, "BK": bk, "N1": first, "N2": second},

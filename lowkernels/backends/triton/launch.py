@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import configs
+from . import MINIMUM_ARCH, configs, model
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -30,10 +30,17 @@ class Target:
     Attributes:
         arch: compute capability, 90 for 9.0.
         processors: number of streaming multiprocessors.
+        shared: bytes of shared memory a program may have; None for what the architecture is known for.
     """
 
     arch: int
     processors: int
+    shared: int | None = None
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory a program may have; of an unknown architecture, what the one before it has."""
+        return model.nearest(self.arch, model.SHARED_LIMIT) if self.shared is None else self.shared
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ class Launch:
         """The compiler's options."""
         return {key: self.config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in self.config}
 
+    @property
+    def origin(self) -> str:
+        """Where the configuration is from, as :func:`~lowkernels.backends.triton.configs.origin` says it."""
+        return configs.origin(self.config)
+
 
 # Kernels are planned for this instead of the tensors' device: ahead-of-time compilation, and tests.
 _planned: ContextVar[Target | None] = ContextVar("lowkernels_triton_target", default=None)
@@ -80,7 +92,9 @@ def planning_for(target: Target) -> Iterator[None]:
 @functools.cache
 def _device_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
-    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+    # One KiB of a processor's shared memory belongs to the system for each program.
+    shared = properties.shared_memory_per_multiprocessor - 1024
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count, shared)
 
 
 def target(x: Tensor) -> Target:
@@ -126,12 +140,16 @@ def candidates(
     *call: Any,
     inputs: Sequence[int] = (),
 ) -> list[dict[str, int]]:
-    """What a tuner may try besides the configuration a call has: the alternatives of its row. Arguments as for :func:`forward`."""
+    """What a tuner may try besides the configuration a call has: the alternatives of its row, or all that the model
+    chose from. Arguments as for :func:`forward`."""
     packed = pack(*(a for i, a in enumerate(call) if i not in inputs))
-    config = max((launch.config for launch in plan(x, *call, packed)[1]), key=lambda config: config["row"])
-    own = {key: value for key, value in config.items() if key != "row"}
+    config = plan(x, *call, packed)[1][-1].config
+    own = {key: value for key, value in config.items() if key not in ("row", "tuned")}
     # Whole: calls of other sizes, which may have another row, are to run with exactly what was measured.
-    return [{**own, **changed} for changed in configs.alternatives(operator, config["row"])]
+    tried = [{**own, **changed} for changed in configs.alternatives(operator, config["row"])]
+    if config["row"] < 0:
+        tried = model.candidates(operator, configs.arithmetic(x.dtype, conv_precision(x.dtype)))
+    return [setting for setting in tried if setting != own]
 
 
 def empty_nhwc(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -185,11 +203,17 @@ def unsupported_channels(**channels: int) -> str | None:
     return None
 
 
-def unsupported_size(x: Tensor) -> str | None:
-    """Why the kernels cannot serve the input's size, or None."""
-    # Rows within an image are numbered in 32 bits, offsets in 64.
-    if x.shape[2] * x.shape[3] >= 2**30:
-        return f"x is {x.shape[2]}x{x.shape[3]}; its kernels number at most 2**30 pixels an image"
+def unsupported_input(x: Tensor) -> str | None:
+    """Why the kernels cannot serve an input of this size on this device, or None."""
+    _, channels, height, width = x.shape
+    # Rows within an image are numbered in 32 bits, offsets in 64, but those within a window of up to 7 rows in 32.
+    if height * width >= 2**30:
+        return f"x is {height}x{width}; its kernels number at most 2**30 pixels an image"
+    if width * channels >= 2**28:
+        return f"a row of x has {width} pixels of {channels} channels; its kernels address at most 2**28 elements a row"
+    if x.is_cuda and target(x).arch < MINIMUM_ARCH[0] * 10 + MINIMUM_ARCH[1]:
+        major, minor = divmod(target(x).arch, 10)
+        return f"x is on a GPU of compute capability {major}.{minor}; its kernels need {MINIMUM_ARCH[0]}.{MINIMUM_ARCH[1]} or more"
     return None
 
 

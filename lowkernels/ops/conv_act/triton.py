@@ -14,6 +14,18 @@ from ...backends.triton.launch import Launch, block, ceil_div, dividing_block
 
 RESIDUAL_POSITION = 5
 
+_HALF = configs.varied(
+    {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+    {"BM": 16},
+    {"BM": 32},
+    {"BN": 128},
+    {"BM": 128, "num_warps": 8, "maxnreg": 255},
+    {"BM": 128, "BN": 128, "num_warps": 8, "maxnreg": 255},
+)
+_SINGLE = configs.varied({"BM": 64, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 255}, {"BM": 16}, {"BM": 32})
+# What the cost model chooses from where no table has a row, by arithmetic.
+CANDIDATES = {"float16": _HALF, "bfloat16": _HALF, "tf32": _SINGLE, "float32": _SINGLE}
+
 
 @triton.jit
 def window_product(
@@ -86,7 +98,7 @@ def unsupported_weights(weight: Tensor, bias: Tensor | None, act: str, stride: i
 
 
 def unsupported_input(x: Tensor, *_: object) -> str | None:
-    return launch.unsupported_size(x)
+    return launch.unsupported_input(x)
 
 
 def pack(weight: Tensor, bias: Tensor | None, *_: object) -> list[Tensor]:
@@ -120,9 +132,9 @@ def plan(
     target = launch.target(x)
     config = configs.choose(
         "conv_act",
-        target.arch,
+        target,
         configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
-        fallback={"BM": 64, "BN": 64, "BK": 32, "TMA": 0, "num_warps": 4, "num_stages": 2},
+        (x, weight, bias, act, stride, padding, residual, pool),
         channels=channels,
         columns=out_channels,
         waves=ceil_div(batch * out_height * out_width, 64) * ceil_div(out_channels, 64) // target.processors,
@@ -131,7 +143,7 @@ def plan(
     bm = block(config["BM"], rows)
     bn = block(config["BN"], w.shape[1])
     bk = block(config["BK"], w.shape[0]) if flat else dividing_block(config["BK"], channels)
-    tma = bool(config["TMA"])
+    tma = bool(config.get("TMA"))
     return out, [
         Launch(
             conv_act,

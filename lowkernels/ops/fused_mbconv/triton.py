@@ -9,6 +9,8 @@ from torch import Tensor
 from ...backends.triton import expand_project, launch, packing
 from ...backends.triton.launch import Launch
 
+CANDIDATES = expand_project.CANDIDATES
+
 
 def unsupported_weights(
     conv_weight: Tensor,
@@ -27,7 +29,7 @@ def unsupported_weights(
 
 
 def unsupported_input(x: Tensor, *_: object) -> str | None:
-    return launch.unsupported_size(x)
+    return launch.unsupported_input(x)
 
 
 def pack(
@@ -59,8 +61,11 @@ def plan(
     packed: list[Tensor],
 ) -> tuple[Tensor, list[Launch]]:
     """The output, still unwritten, and the launch that writes it."""
-    out_channels, size = project_weight.shape[0], conv_weight.shape[2]
-    return expand_project.plan("fused_mbconv", x, packed, None, out_channels, act, size, stride, padding, residual, eps=0.0)
+    (out_channels, expanded), size = project_weight.shape[:2], conv_weight.shape[2]
+    call = (x, conv_weight, conv_bias, project_weight, project_bias, act, stride, padding, residual)
+    return expand_project.plan(
+        "fused_mbconv", call, packed, None, expanded, out_channels, act, size, stride, padding, residual, eps=0.0
+    )
 
 
 def forward(x: Tensor, *args: Any) -> Tensor:

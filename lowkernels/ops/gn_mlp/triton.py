@@ -10,6 +10,8 @@ from torch import Tensor
 from ...backends.triton import expand_project, launch, packing
 from ...backends.triton.launch import Launch
 
+CANDIDATES = expand_project.NORM_CANDIDATES
+
 
 def unsupported_weights(
     norm_weight: Tensor,
@@ -27,7 +29,7 @@ def unsupported_weights(
 
 
 def unsupported_input(x: Tensor, *_: object) -> str | None:
-    return launch.unsupported_size(x)
+    return launch.unsupported_input(x)
 
 
 def pack(
@@ -59,7 +61,8 @@ def plan(
 ) -> tuple[Tensor, list[Launch]]:
     """The output, still unwritten, and the launches that write it."""
     *weights, fold = packed
-    return expand_project.plan("gn_mlp", x, weights, fold, fc2_weight.shape[0], act, 1, 1, 0, residual, eps)
+    call = (x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, residual)
+    return expand_project.plan("gn_mlp", call, weights, fold, fc2_weight.shape[1], fc2_weight.shape[0], act, 1, 1, 0, residual, eps)
 
 
 def forward(x: Tensor, *args: Any) -> Tensor:

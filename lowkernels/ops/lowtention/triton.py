@@ -25,6 +25,16 @@ from ...backends.triton.launch import Launch, block, ceil_div, dividing_block
 # Images of at most so many tokens are served by one launch.
 FUSED_TOKENS = 64
 
+_HALF = configs.varied(
+    {"BM": 64, "BC": 32, "BN": 64, "BK": 32, "BU": 64, "BKV": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
+    {"BM": 16, "num_stages": 2},
+    {"BM": 32, "num_stages": 2},
+)
+_TF32 = configs.varied({**_HALF[0], "BKV": 32, "num_stages": 2}, {"BM": 32})
+_SINGLE = configs.varied({**_TF32[0], "BK": 16}, {"BM": 32})
+# What the cost model chooses from where no table has a row, by arithmetic.
+CANDIDATES = {"float16": _HALF, "bfloat16": _HALF, "tf32": _TF32, "float32": _SINGLE}
+
 
 @triton.jit
 def depthwise_tokens(
@@ -259,8 +269,13 @@ def unsupported_weights(
     )
 
 
-def unsupported_input(x: Tensor, *_: object) -> str | None:
-    return launch.unsupported_size(x)
+def unsupported_input(x: Tensor, *args: Any) -> str | None:
+    stride = args[-2]
+    tokens = ceil_div(x.shape[2], stride) * ceil_div(x.shape[3], stride)
+    # Blocks of at least 16 tokens are counted along an axis of the grid that has 16 bits.
+    if tokens >= 2**20:
+        return f"x has {tokens} tokens an image; its kernels number at most 2**20"
+    return launch.unsupported_input(x)
 
 
 def pack(
@@ -339,9 +354,9 @@ def plan(
     fused = tokens <= FUSED_TOKENS
     config = configs.choose(
         "lowtention",
-        target.arch,
+        target,
         configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
-        fallback={"BM": 64, "BC": 64, "BN": 64, "BK": 32, "BU": 64, "BKV": 64, "TMA": 0, "num_warps": 8, "num_stages": 2},
+        (x, norm_weight, norm_bias, eps, dw_weight, dw_bias, qkv_weight, up_weight, up_bias, num_heads, stride, residual),
         channels=channels,
         columns=out_channels,
         head=padded,
@@ -350,8 +365,10 @@ def plan(
         waves=batch // target.processors,
     )
     norm = norm_weight is not None
-    tma = bool(config["TMA"])
-    bm = config["BM"]
+    tma = bool(config.get("TMA"))
+    bt = block(FUSED_TOKENS, tokens)
+    # A program has all tokens of its images.
+    bm = max(config["BM"], bt) if fused else config["BM"]
     bc = block(config["BC"], channels)
     bn, bk = block(config["BN"], 3 * inner), block(config["BK"], channels)
     bu, bi = block(config["BU"], out_channels), dividing_block(config["BK"], inner)
@@ -366,7 +383,6 @@ def plan(
     project = launch.descriptor(wqkv, bk, bn, tma)
     upsample = launch.descriptor(wup, bi, bu, tma)
     if fused:
-        bt = block(64, tokens)
         images = max(1, bm // tokens)
         return out, [
             Launch(

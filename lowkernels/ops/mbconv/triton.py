@@ -10,6 +10,7 @@ The scratch is written and read by one program with CTA barriers in between. Tri
 it cannot show a missing barrier here: only a GPU can. It is never read through tensor descriptors, which would need another fence.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,17 @@ from torch import Tensor
 from ...backends.triton import configs, launch, packing
 from ...backends.triton.device import activate, depthwise, initial_rows, load_vector, load_weight, load_window, store_rows
 from ...backends.triton.launch import Launch, block, ceil_div, column_groups, dividing_block
+
+_HALF = configs.varied(
+    {"BM": 64, "BP": 64, "BE": 64, "BK": 32, "BR": 32, "BD": 32, "BG": 32, "CE": 512, "LIMIT": 128, "num_warps": 8, "num_stages": 3}
+    | {"maxnreg": 255},
+    {"BM": 16, "BP": 16, "BR": 16, "num_warps": 4},
+    {"BM": 32, "BP": 32, "num_warps": 4},
+)
+_TF32 = configs.varied({**_HALF[0], "CE": 256, "BE": 32, "num_stages": 2}, {"BM": 32, "BP": 32})
+_SINGLE = configs.varied({**_TF32[0], "BE": 64, "BK": 16, "BG": 16, "LIMIT": 64}, {"BM": 32, "BP": 32})
+# What the cost model chooses from where no table has a row, by arithmetic.
+CANDIDATES = {"float16": _HALF, "bfloat16": _HALF, "tf32": _TF32, "float32": _SINGLE}
 
 
 @triton.jit
@@ -37,12 +49,13 @@ def tile_rows(start, images, y0, x0, HO, WO, TH, TW, BR: tl.constexpr):
 def mbconv(
     x, w1, b1, wd, bd, w2, w2_tail, b2, expanded, filtered, out,
     N, H, W, HO, WO, TH, TW, PH, PW, NI, tiles_y, tiles_x, tiles,
-    C: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CO: tl.constexpr, COLUMNS: tl.constexpr, KS: tl.constexpr,
-    STRIDE: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EXPANDED: tl.constexpr, CO: tl.constexpr, COLUMNS: tl.constexpr,
+    KS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, CE: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BE:
     tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
-    """x [N, H, W, C]; w1 [K, E]; b1 [E]; wd [KS * KS, E]; bd [E]; w2 [E, COLUMNS]; b2 [COLUMNS]; out [N, HO, WO, CO].
+    """x [N, H, W, C]; w1 [K, E], of which EXPANDED columns are no padding; b1 [E]; wd [KS * KS, E]; bd [E]; w2 [E, COLUMNS]; b2
+    [COLUMNS]; out [N, HO, WO, CO].
 
     A tile is TH x TW outputs of each of NI images, its patch PH x PW inputs. Scratch: ``expanded`` [programs, NI * PH * PW, CE],
     ``filtered`` [programs, BM, E]. Without WIDE, offsets from a tile's first image on are kept in 32 bits, which saves registers.
@@ -94,7 +107,12 @@ def mbconv(
                 for e in tl.range(0, width, BD, num_stages=1):
                     columns = tl.arange(0, BD)
                     live = columns < width - e
-                    y = depthwise(h + e, wd + chunk + e, origin, iy, ix, ok, columns, live, None, None, H, W, PW,
+                    if EXPANDED == E:
+                        real = live
+                    else:
+                        # Weights of channels that only pad are zero, but zero times infinity is not: what they hold is not read.
+                        real = columns < tl.minimum(width, EXPANDED - chunk) - e
+                    y = depthwise(h + e, wd + chunk + e, origin, iy, ix, ok, columns, real, None, None, H, W, PW,
                                   CE, E, KS, False, BR, BD)  # fmt: skip
                     y = activate(y + load_vector(bd, chunk + e, E, BD)[None, :], ACT)
                     to = g + (row[:, None] * E + (chunk + e + columns)[None, :])
@@ -142,6 +160,7 @@ class Tiling(NamedTuple):
     tiles_x: int
 
 
+@functools.lru_cache(4096)
 def tiling(
     batch: int, size: tuple[int, int], out_size: tuple[int, int], kernel_size: int, stride: int, rows: int, patch_rows: int
 ) -> Tiling:
@@ -155,8 +174,8 @@ def tiling(
         images = max(1, min(batch, rows // (out_height * out_width)))
         return Tiling(images, out_height, out_width, patch(out_height, height), patch(out_width, width), 1, 1)
     best: tuple[int, Tiling] | None = None
-    for tiles_x in range(ceil_div(out_width, rows), out_width + 1):
-        tile_width = ceil_div(out_width, tiles_x)
+    for widest in range(min(rows, out_width), 0, -1):
+        tile_width = ceil_div(out_width, ceil_div(out_width, widest))
         tiles_y = ceil_div(out_height, min(out_height, rows // tile_width))
         tile_height = ceil_div(out_height, tiles_y)
         tiles_x = ceil_div(out_width, tile_width)
@@ -191,7 +210,7 @@ def unsupported_weights(
 
 
 def unsupported_input(x: Tensor, *_: object) -> str | None:
-    return launch.unsupported_size(x)
+    return launch.unsupported_input(x)
 
 
 def pack(
@@ -238,10 +257,9 @@ def plan(
     target = launch.target(x)
     config = configs.choose(
         "mbconv",
-        target.arch,
+        target,
         configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
-        fallback={"BM": 64, "BP": 64, "BE": 64, "BK": 32, "BR": 32, "BD": 64, "BG": 32, "CE": 512, "LIMIT": 256, "TMA": 0}
-        | {"PER_SM": 1, "num_warps": 8, "num_stages": 2},
+        (x, expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias, act, stride, padding, residual),
         channels=channels,
         columns=out_channels,
         waves=ceil_div(batch * out_height * out_width, 64) // target.processors,
@@ -255,9 +273,9 @@ def plan(
     filter_columns, bg = block(config["BD"], w1.shape[1]), block(config["BG"], w1.shape[1])
     chunk = min(config["CE"], max(be, launch.power_of_two_above(w1.shape[1])))
     _, first, second = column_groups(w2.shape[1], config["LIMIT"], two=True)
-    tma = bool(config["TMA"])
+    tma = bool(config.get("TMA"))
     wide = cut.images * max(height * width * channels, out_height * out_width * out_channels) >= 2**30
-    programs = min(tiles, target.processors * config["PER_SM"])
+    programs = min(tiles, target.processors * config.get("PER_SM", 1))
     # The expanded tensor is not rounded to bfloat16 before the depthwise convolution.
     kept = torch.float16 if x.dtype == torch.float16 else torch.float32
     patch = cut.images * cut.patch_height * cut.patch_width
@@ -283,8 +301,9 @@ def plan(
                 *(cut.images, cut.tiles_y, cut.tiles_x, tiles),
             ),
             {
-                **{"C": channels, "K": w1.shape[0], "E": w1.shape[1], "CO": out_channels, "COLUMNS": w2.shape[1]},
-                **{"KS": size, "STRIDE": stride, "PAD": padding, "ACT": act, "RESIDUAL": residual, "FLAT": flat},
+                **{"C": channels, "K": w1.shape[0], "E": w1.shape[1], "EXPANDED": project_weight.shape[1]},
+                **{"CO": out_channels, "COLUMNS": w2.shape[1], "KS": size, "STRIDE": stride, "PAD": padding},
+                **{"ACT": act, "RESIDUAL": residual, "FLAT": flat},
                 **{"PRECISION": launch.conv_precision(x.dtype), "TMA": tma, "WIDE": wide, "CE": chunk},
                 **{"BM": bm, "BP": bp, "BE": be, "BK": bk},
                 **{"BR": min(config["BR"], bm), "BD": filter_columns, "BG": bg, "N1": first, "N2": second},

@@ -11,6 +11,20 @@ from ...backends.triton import configs, launch, packing
 from ...backends.triton.device import activate, depthwise, load_vector, load_weight, output_rows, store_rows
 from ...backends.triton.launch import Launch, block, ceil_div
 
+_HALF = configs.varied(
+    {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 255},
+    {"BM": 16, "num_warps": 4},
+    {"BM": 32, "num_warps": 4},
+    {"BN": 128},
+    {"BM": 128},
+    {"BM": 128, "BN": 128},
+)
+_SINGLE = configs.varied(
+    {"BM": 32, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2, "maxnreg": 255}, {"BM": 16}, {"BM": 64, "BN": 32}
+)
+# What the cost model chooses from where no table has a row, by arithmetic.
+CANDIDATES = {"float16": _HALF, "bfloat16": _HALF, "tf32": _SINGLE, "float32": _SINGLE}
+
 
 @triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO"])
 def separable_conv(
@@ -61,7 +75,7 @@ def unsupported_weights(
 
 
 def unsupported_input(x: Tensor, *_: object) -> str | None:
-    return launch.unsupported_size(x)
+    return launch.unsupported_input(x)
 
 
 def pack(
@@ -99,9 +113,9 @@ def plan(
     target = launch.target(x)
     config = configs.choose(
         "separable_conv",
-        target.arch,
+        target,
         configs.arithmetic(x.dtype, launch.conv_precision(x.dtype)),
-        fallback={"BM": 64, "BN": 128, "BK": 32, "TMA": 0, "num_warps": 8, "num_stages": 2},
+        (x, dw_weight, dw_bias, dw_act, pw_weight, pw_bias, pw_act, stride, padding, residual),
         channels=channels,
         columns=out_channels,
         waves=ceil_div(rows, 64) // target.processors,
@@ -109,7 +123,7 @@ def plan(
     bm = block(config["BM"], rows)
     bn = block(config["BN"], w.shape[1])
     bk = block(config["BK"], w.shape[0])
-    tma = bool(config["TMA"])
+    tma = bool(config.get("TMA"))
     return out, [
         Launch(
             separable_conv,

@@ -17,8 +17,9 @@ from triton.runtime import interpreter
 
 import lowformer
 import lowkernels
-from lowkernels.backends.triton import configs, expand_project
+from lowkernels.backends.triton import configs, expand_project, model
 from lowkernels.backends.triton.launch import Target, planning_for, run
+from lowkernels.choosing import settings
 from lowkernels.ops import OPERATORS
 from lowkernels.testing import assert_within_budget, check_call, random_call
 from tests.triton.cases import CASES, call
@@ -49,10 +50,63 @@ def test_every_shipped_configuration(operator: str, arch: int, monkeypatch: pyte
     rows = [row["config"] for row in configs.table(operator) if configs.serves(row, arch, "float16")]
     number = {"lowtention": 1, "gn_mlp": 1}.get(operator, 0)
     for config in rows:
-        monkeypatch.setattr(configs, "choose", lambda *_, fallback, _config=config, **__: {**fallback, **_config, "row": -1})
+        monkeypatch.setattr(configs, "choose", lambda *_, _config=config, **__: {**_config, "row": -1, "tuned": 0})
         for case in (number, len(CASES[operator]) - 2):
             with planning_for(Target(arch, 4)):
                 check_call(*call(operator, case, torch.float16), backend="triton")
+
+
+@pytest.mark.parametrize("operator", list(CASES))
+def test_every_candidate_of_the_model(operator: str) -> None:
+    """On images with odd sides and channels that need padding."""
+    number = 2 if operator == "lowtention" else 0
+    for config in model.candidates(operator, "float16"):
+        with settings.using(config):
+            check_call(*call(operator, number, torch.float16), backend="triton")
+
+
+@pytest.mark.parametrize("operator", list(CASES))
+def test_picks_of_the_model(operator: str) -> None:
+    """As on GPUs no table has a row for: a large one, a small one, and one with next to no shared memory."""
+    for target in (Target(103, 148), Target(87, 1), Target(130, 8, 24 << 10)):
+        with planning_for(target):
+            made = call(operator, 1, torch.float16)
+            check_call(*made, backend="triton")
+            module = importlib.import_module(f"lowkernels.ops.{operator}.triton")
+            packed = module.pack(*OPERATORS[operator].weights(made.args))
+            assert module.plan(*made.args, packed)[1][-1].origin == "cost model"
+
+
+# Activations that map infinity to something finite, channels that need padding, and several images in a tile.
+_FRAGILE: dict[str, dict[str, Any]] = {
+    "conv_act": {"channels": 20, "out_channels": 24, "stride": 2, "act": "relu6"},
+    "separable_conv": {"channels": 20, "out_channels": 24, "act": "relu6"},
+    "mbconv": {"channels": 20, "hidden": 40, "act": "relu6", "residual": False},
+    "fused_mbconv": {"channels": 20, "hidden": 40, "act": "relu6", "residual": False},
+    "gn_mlp": {"channels": 20, "hidden": 40, "act": "relu6"},
+    "lowtention": {"channels": 20, "num_heads": 1, "head_dim": 12},
+}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("operator", list(CASES))
+def test_what_is_not_finite_stays_where_it_belongs(operator: str, value: float) -> None:
+    """One such element reaches the outputs that it reaches in eager PyTorch, and no other image, pixel or channel."""
+    x, *rest = random_call(operator, batch=3, height=5, width=3, **_FRAGILE[operator]).args
+    x[1, 7, 2, 0] = value
+    found = OPERATORS[operator].overload(x, *rest, None, None, "triton")
+    expected = OPERATORS[operator].overload(x, *rest, None, None, "eager")
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    torch.testing.assert_close(found[finite], expected[finite], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", list(CASES))
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (6, 1)])
+def test_narrow_images(operator: str, height: int, width: int) -> None:
+    for stride in (1,) if operator == "gn_mlp" else (1, 2):
+        options = {"batch": 3, "channels": 24, "height": height, "width": width, "stride": stride, "num_heads": 3}
+        check_call(*random_call(operator, **options), backend="triton")
 
 
 @pytest.mark.parametrize("operator", list(CASES))
@@ -121,9 +175,27 @@ def test_auto_does_not_choose_the_interpreter() -> None:
     assert OPERATORS["mbconv"].explain(*random_call("mbconv").args).backend != "triton"
 
 
-def test_empty_batch() -> None:
-    made = random_call("mbconv", batch=0)
-    assert OPERATORS["mbconv"].overload(*made.args, None, None, "triton").shape == made.args[0].shape
+@pytest.mark.parametrize("operator", list(CASES))
+def test_empty_batch(operator: str) -> None:
+    made = random_call(operator, batch=0)
+    assert OPERATORS[operator].overload(*made.args, None, None, "triton").shape == made.args[0].shape
+
+
+def test_refuses_what_its_numbers_cannot_hold() -> None:
+    """Offsets within a window have 32 bits; blocks of tokens are counted along an axis of the grid of 16."""
+
+    def refusal(operator: str, x: Tensor) -> str:
+        rest = random_call(operator, channels=x.shape[1]).args[1:]
+        return importlib.import_module(f"lowkernels.ops.{operator}.triton").unsupported_input(x, *rest)
+
+    def nhwc(height: int, width: int, channels: int) -> Tensor:
+        return torch.empty((1, channels, height, width), device="meta")
+
+    for operator in CASES:
+        assert "2**30 pixels" in refusal(operator, nhwc(2**15, 2**15, 4)) or operator == "lowtention"
+        assert "elements a row" in refusal(operator, nhwc(1, 2**27, 4)) or operator == "lowtention"
+        assert not refusal(operator, nhwc(512, 512, 8))
+    assert "2**20" in refusal("lowtention", nhwc(1024, 1024, 8))
 
 
 def test_whole_model() -> None:
