@@ -90,6 +90,23 @@ struct GnMlp {
     bool residual;
 };
 
+// Rows of channels: normalised, each by its own statistics (no weight: not at all), then activated. `channels` is all there is to it
+// where only an activation is asked for. Weight and bias are not padded.
+struct NormAct {
+    const void* x;
+    void* out;
+    i64 n, channels;
+    Norm norm;
+    int act;
+};
+
+// The mean of each channel over an NHWC image's pixels.
+struct Pool {
+    const void* x;
+    void* out;
+    i64 n, pixels, channels;
+};
+
 // How a calling thread's helpers have been doing: on busy cores, waiting for them can cost far more than they contribute.
 struct Helpers {
     int alone = 0;    // calls still to be made without them
@@ -109,6 +126,8 @@ struct Kernels {
     void (*fused_mbconv)(const FusedMBConv&, const Context&);
     void (*lowtention)(const Lowtention&, const Context&);
     void (*gn_mlp)(const GnMlp&, const Context&);
+    void (*norm_act)(const NormAct&);
+    void (*pool)(const Pool&);
     int vector;        // floats in a vector; panels are two vectors wide, the last one may be one
     bool bf16_weights; // products read bf16 pairs; otherwise fp32
 };

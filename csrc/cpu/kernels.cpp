@@ -7,7 +7,8 @@
 namespace lowkernels::LOWKERNELS_ISA {
 namespace {
 
-// Rows [y0, y1) of a convolution's output: what to read, copied to `scratch` with its zero border unless x serves as it is.
+// Rows [y0, y1) of a convolution's output: what to read, copied to `scratch` with its zero border unless x serves as it is. What all
+// threads are going to read, each makes for itself here and elsewhere: lines that one writes and another reads cost more than the copy.
 template <class A, class T>
 struct Input {
     const Images& images;
@@ -19,7 +20,7 @@ struct Input {
     i64 columns() const { return (images.w_out - 1) * stride + conv.k; }
     i64 scratch_elements(i64 outputs) const { return copied() ? rows(outputs) * columns() * conv.in : 0; }
 
-    Source<A> source(Team& team, i64 image, i64 y0, i64 y1, A* scratch) const {
+    Source<A> source(const Team& team, i64 image, i64 y0, i64 y1, A* scratch) const {
         const T* x = static_cast<const T*>(images.x) + image * images.h * images.w * channels;
         if constexpr (same<A, T>) {
             if (!copied()) {
@@ -29,9 +30,8 @@ struct Input {
         }
         const i64 row = columns() * conv.in;
         warm<A>(conv, team.rank);
-        team.run(rows(y1 - y0), [&](i64 r, i64) {
+        for (i64 r = 0; r < rows(y1 - y0); ++r)
             padded_row(scratch + r * row, x, images.h, images.w, channels, y0 * stride - padding + r, -padding, columns(), conv.in);
-        });
         return window<A>(scratch, row, conv.in, conv.k, stride, y1 - y0, images.w_out);
     }
 };
@@ -69,8 +69,8 @@ void conv_act(const ConvAct& call, const Context& context) {
 
     if (call.pool) {
         const i64 scratch = input.scratch_elements(im.h_out) * i64(sizeof(A));
-        parallel(context, im.n, 0, scratch, 0, nothing, [&](Team& team, char*, i64 image) {
-            Source<A> source = input.source(team, image, 0, im.h_out, reinterpret_cast<A*>(team.item));
+        parallel(context, im.n, 0, 0, scratch, nothing, [&](Team& team, char*, i64 image) {
+            Source<A> source = input.source(team, image, 0, im.h_out, reinterpret_cast<A*>(team.own));
             const T* add = residual ? residual + image * pixels * conv.out : nullptr;
             team.run(panels_of(conv.out), [&](i64 panel, i64 next) {
                 const int width = panel_width(conv.out, panel);
@@ -99,14 +99,12 @@ void conv_act(const ConvAct& call, const Context& context) {
     if (conv.winograd) {
         const Blocks blocks = winograd_blocks<A>(im, conv, context.threads);
         const WinogradBlock largest = winograd_block(im, call.padding, channels, 0, blocks.rows);
-        parallel(context, im.n * blocks.count, 0, largest.transformed_elements() * i64(sizeof(A)), largest.product_floats() * 4, nothing,
-                 [&](Team& team, char*, i64 item) {
+        parallel(context, im.n * blocks.count, 0, 0, largest.own_bytes<A>(), nothing, [&](Team& team, char*, i64 item) {
                      const i64 image = item / blocks.count, y0 = blocks.begin(item % blocks.count), y1 = blocks.end(item % blocks.count);
                      const T* x = static_cast<const T*>(im.x) + image * im.h * im.w * channels;
                      const i64 at = (image * pixels + y0 * im.w_out) * conv.out;
-                     winograd(team, x, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
-                              Target<T>{out + at, residual ? residual + at : nullptr, conv.out, im.w_out * conv.out, conv.out},
-                              reinterpret_cast<A*>(team.item), reinterpret_cast<float*>(team.own));
+                     winograd<A>(team, x, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
+                              Target<T>{out + at, residual ? residual + at : nullptr, conv.out, im.w_out * conv.out, conv.out}, team.own);
                  });
         return;
     }
@@ -114,11 +112,11 @@ void conv_act(const ConvAct& call, const Context& context) {
     // With few weights, the copy may be made in smaller pieces, which stay nearer.
     const bool light = conv.k * conv.k * conv.in * conv.out * i64(sizeof(A)) < CACHE / 8;
     const Blocks blocks(im.h_out, call.stride * im.w * conv.in * i64(sizeof(A)), light ? CACHE / 4 : CACHE, im.n, context.threads);
-    parallel(context, im.n * blocks.count, 0, input.scratch_elements(blocks.rows) * i64(sizeof(A)), 0, nothing,
+    parallel(context, im.n * blocks.count, 0, 0, input.scratch_elements(blocks.rows) * i64(sizeof(A)), nothing,
              [&](Team& team, char*, i64 item) {
                  const i64 image = item / blocks.count, y0 = blocks.begin(item % blocks.count), y1 = blocks.end(item % blocks.count);
                  const i64 at = (image * pixels + y0 * im.w_out) * conv.out;
-                 Source<A> source = input.source(team, image, y0, y1, reinterpret_cast<A*>(team.item));
+                 Source<A> source = input.source(team, image, y0, y1, reinterpret_cast<A*>(team.own));
                  product(team, source, conv, call.act,
                          Target<T>{out + at, residual ? residual + at : nullptr, conv.out, im.w_out * conv.out, conv.out});
              });
@@ -144,32 +142,30 @@ void fused_mbconv(const FusedMBConv& call, const Context& context) {
 
     struct Scratch {
         A* expanded;
-        A* input;
-        A* transformed;
+        float* partial;
         i64 bytes;
     };
     auto layout = [&](char* base) {
         Arena arena(base);
         Scratch s;
         s.expanded = arena.take<A>(blocks.rows * im.w_out * pitch);
-        s.input = arena.take<A>(transformed ? 0 : input.scratch_elements(blocks.rows));
-        s.transformed = arena.take<A>(transformed ? largest.transformed_elements() : 0);
+        s.partial = arena.take<float>(partial_floats(conv.out, blocks.rows * im.w_out, project.out));
         s.bytes = arena.used;
         return s;
     };
-    const i64 own = transformed ? largest.product_floats() * 4 : 0;
+    const i64 own = transformed ? largest.own_bytes<A>() : input.scratch_elements(blocks.rows) * i64(sizeof(A));
     parallel(context, im.n * blocks.count, 0, layout(nullptr).bytes, own, nothing, [&](Team& team, char*, i64 item) {
         const i64 image = item / blocks.count, y0 = blocks.begin(item % blocks.count), y1 = blocks.end(item % blocks.count);
         const Scratch s = layout(team.item);
         const Target<A> expanded{s.expanded, nullptr, pitch, im.w_out * pitch, round_up(conv.out, NW)};
         if (transformed)
-            winograd(team, x + image * im.h * im.w * channels, winograd_block(im, call.padding, channels, y0, y1), conv, call.act,
-                     expanded, s.transformed, reinterpret_cast<float*>(team.own), &project);
+            winograd<A>(team, x + image * im.h * im.w * channels, winograd_block(im, call.padding, channels, y0, y1), conv, call.act, expanded,
+                        team.own, &project);
         else
-            product(team, input.source(team, image, y0, y1, s.input), conv, call.act, expanded, &project);
+            product(team, input.source(team, image, y0, y1, reinterpret_cast<A*>(team.own)), conv, call.act, expanded, &project);
         const i64 at = (image * pixels + y0 * im.w_out) * project.out;
-        product(team, matrix<A>(s.expanded, (y1 - y0) * im.w_out, pitch, conv.out), project, NONE,
-                Target<T>{out + at, call.residual ? x + at : nullptr, project.out, 0, project.out});
+        projection(team, s.expanded, (y1 - y0) * im.w_out, pitch, project, NONE,
+                   Target<T>{out + at, call.residual ? x + at : nullptr, project.out, 0, project.out}, s.partial);
     });
 }
 
@@ -192,6 +188,7 @@ void inverted_residual(const InvertedResidual& call, const Context& context) {
     struct Scratch {
         A* filtered;
         A* input;
+        float* partial;
         i64 bytes;
     };
     auto layout = [&](char* base) {
@@ -199,6 +196,7 @@ void inverted_residual(const InvertedResidual& call, const Context& context) {
         Scratch s;
         s.filtered = arena.take<A>(blocks.rows * im.w_out * pitch);
         s.input = arena.take<A>(copies ? input_rows(blocks.rows) * im.w * channels : 0);
+        s.partial = arena.take<float>(partial_floats(hidden, blocks.rows * im.w_out, project.out));
         s.bytes = arena.used;
         return s;
     };
@@ -241,8 +239,8 @@ void inverted_residual(const InvertedResidual& call, const Context& context) {
                             s.filtered + channel, pitch);
         });
         const i64 at = (image_index * pixels + y0 * im.w_out) * project.out;
-        product(team, matrix<A>(s.filtered, (y1 - y0) * im.w_out, pitch, hidden), project, call.project_act,
-                Target<T>{out + at, call.residual ? x + at : nullptr, project.out, 0, project.out});
+        projection(team, s.filtered, (y1 - y0) * im.w_out, pitch, project, call.project_act,
+                   Target<T>{out + at, call.residual ? x + at : nullptr, project.out, 0, project.out}, s.partial);
     });
 }
 
@@ -267,54 +265,44 @@ void gn_mlp(const GnMlp& call, const Context& context) {
 
     struct Scratch {
         A* hidden;
-        A* input;
+        float* partial;
         i64 bytes;
     };
     auto layout = [&](char* base) {
         Arena arena(base);
         Scratch s;
         s.hidden = arena.take<A>(blocks.rows * pitch);
-        s.input = arena.take<A>(blocks.rows * in_pitch);
+        s.partial = arena.take<float>(partial_floats(fc1.out, blocks.rows, fc2.out));
         s.bytes = arena.used;
         return s;
     };
     parallel(
-        context, blocks.count, im.n * pieces * i64(sizeof(Moments)), layout(nullptr).bytes, 0,
+        context, blocks.count, im.n * pieces * i64(sizeof(Moments)), layout(nullptr).bytes, blocks.rows * in_pitch * i64(sizeof(A)),
         [&](Team& team, char* common) {
             warm<A>(fc1, team.rank);
             measure(team, x, im.n, elements, reinterpret_cast<Moments*>(common));
         },
         [&](Team& team, char* common, i64 block) {
             const Scratch s = layout(team.item);
-            const i64 begin = blocks.begin(block), count = blocks.end(block) - begin, chunk = 14;
-            team.run(divide_up(count, chunk), [&](i64 unit, i64) {
-                const i64 from = unit * chunk, until = smaller(count, from + chunk);
-                for (i64 p = from; p < until;) {
-                    const i64 image = (begin + p) / area, stop = smaller(until, (image + 1) * area - begin);
-                    const Scale scale = merge(reinterpret_cast<Moments*>(common) + image * pieces, elements, call.norm.eps);
-                    for (i64 channel = 0; channel < channels; channel += VL) {
-                        const Affine affine(call.norm, scale, channel, VL);
-                        for (i64 q = p; q < stop; ++q) {
-                            const T* from_pixel = x + (begin + q) * channels + channel;
-                            V value;
-                            if (channel + VL <= channels) {
-                                value = load(from_pixel);
-                            } else {
-                                float values[VL] = {};
-                                for (i64 j = 0; channel + j < channels; ++j) values[j] = to_float(from_pixel[j]);
-                                value = load(values);
-                            }
-                            store(s.input + q * in_pitch + channel, (value - affine.mean) * affine.scale[0] + affine.shift[0]);
-                        }
+            A* input = reinterpret_cast<A*>(team.own);
+            const i64 begin = blocks.begin(block), count = blocks.end(block) - begin;
+            for (i64 p = 0; p < count;) {
+                const i64 image = (begin + p) / area, stop = smaller(count, (image + 1) * area - begin);
+                const Scale scale = merge(reinterpret_cast<Moments*>(common) + image * pieces, elements, call.norm.eps);
+                for (i64 channel = 0; channel < channels; channel += VL) {
+                    const Affine affine(call.norm, scale, channel, VL);
+                    for (i64 q = p; q < stop; ++q) {
+                        const V value = load(x + (begin + q) * channels + channel, channels - channel);
+                        store(input + q * in_pitch + channel, (value - affine.mean) * affine.scale[0] + affine.shift[0]);
                     }
-                    p = stop;
                 }
-            });
-            product(team, matrix<A>(s.input, count, in_pitch, channels), fc1, call.act,
+                p = stop;
+            }
+            product(team, matrix<A>(input, count, in_pitch, channels), fc1, call.act,
                     Target<A>{s.hidden, nullptr, pitch, 0, round_up(fc1.out, NW)}, &fc2);
             const i64 at = begin * fc2.out;
-            product(team, matrix<A>(s.hidden, count, pitch, fc1.out), fc2, NONE,
-                    Target<T>{out + at, call.residual ? x + at : nullptr, fc2.out, 0, fc2.out});
+            projection(team, s.hidden, count, pitch, fc2, NONE,
+                       Target<T>{out + at, call.residual ? x + at : nullptr, fc2.out, 0, fc2.out}, s.partial);
         });
 }
 
@@ -343,7 +331,6 @@ void lowtention(const Lowtention& call, const Context& context) {
         float* qkv;
         float* packed;
         A* grid;
-        A* transformed;
         i64 bytes;
     };
     auto layout = [&](char* base) {
@@ -353,14 +340,13 @@ void lowtention(const Lowtention& call, const Context& context) {
         s.qkv = arena.take<float>(tokens * qkv_pitch);
         s.packed = arena.take<float>(call.heads * shape.packed_floats());
         s.grid = arena.take<A>((h + 2) * grid_row);
-        s.transformed = arena.take<A>(transformed ? up_block.transformed_elements() : 0);
         s.bytes = arena.used;
         return s;
     };
     const i64 panel_floats = ((rows_at_once - 1) * call.stride + dw.k) * columns * NW;
-    const i64 own = larger(panel_floats, larger(MR * shape.scores_pitch(), transformed ? up_block.product_floats() : 0));
+    const i64 own = larger(larger(panel_floats, MR * shape.scores_pitch()) * i64(sizeof(float)), transformed ? up_block.own_bytes<A>() : 0);
     parallel(
-        context, im.n, im.n * pieces * i64(sizeof(Moments)), layout(nullptr).bytes, own * i64(sizeof(float)),
+        context, im.n, im.n * pieces * i64(sizeof(Moments)), layout(nullptr).bytes, own,
         [&](Team& team, char* common) {
             warm<A>(call.qkv, team.rank * larger(1, head_panels));
             if (pieces) measure(team, x, im.n, elements, reinterpret_cast<Moments*>(common));
@@ -420,7 +406,7 @@ void lowtention(const Lowtention& call, const Context& context) {
             if (call.stride == 1) {
                 const Target<T> target{image_out, add, out_channels, im.w * out_channels, out_channels};
                 if (transformed)
-                    winograd(team, s.grid, up_block, call.up[0], NONE, target, s.transformed, own_floats);
+                    winograd<A>(team, s.grid, up_block, call.up[0], NONE, target, team.own);
                 else
                     product(team, window<A>(s.grid, grid_row, inner, 3, 1, im.h, im.w), call.up[0], NONE, target);
                 return;
@@ -440,9 +426,45 @@ void lowtention(const Lowtention& call, const Context& context) {
         });
 }
 
+// What stands between blocks in a model's head: little work, so one thread does it.
+template <class T>
+void norm_act(const NormAct& call) {
+    const i64 channels = call.channels;
+    for (i64 row = 0; row < call.n; ++row) {
+        const T* x = static_cast<const T*>(call.x) + row * channels;
+        T* out = static_cast<T*>(call.out) + row * channels;
+        Scale scale{0, 1};
+        if (call.norm.weight) {
+            const Moments all = moments(x, channels);
+            scale = {float(all.mean), float(1.0 / __builtin_sqrt((all.deviation < 0 ? 0 : all.deviation) / double(channels) + call.norm.eps))};
+        }
+        with_activation(call.act, [&](auto known) {
+            for (i64 i = 0; i < channels; i += VL) {
+                const i64 count = smaller(VL, channels - i);
+                V value = load(x + i, count);
+                if (call.norm.weight) value = (value - scale.mean) * (load(call.norm.weight + i, count) * scale.rstd) + load(call.norm.bias + i, count);
+                write(activate<known.value, T>(value), out + i, static_cast<const T*>(nullptr), count);
+            }
+        });
+    }
+}
+
+template <class T>
+void pool(const Pool& call) {
+    for (i64 image = 0; image < call.n; ++image) {
+        const T* x = static_cast<const T*>(call.x) + image * call.pixels * call.channels;
+        for (i64 i = 0; i < call.channels; i += VL) {
+            const i64 count = smaller(VL, call.channels - i);
+            V total = {};
+            for (i64 pixel = 0; pixel < call.pixels; ++pixel) total += load(x + pixel * call.channels + i, count);
+            write(total / float(call.pixels), static_cast<T*>(call.out) + image * call.channels + i, static_cast<const T*>(nullptr), count);
+        }
+    }
+}
+
 template <class A, class T>
 constexpr Kernels kernels_of = {conv_act<A, T>, inverted_residual<A, T>, fused_mbconv<A, T>, lowtention<A, T>, gn_mlp<A, T>,
-                                VL,             same<A, bf16>};
+                                norm_act<T>,    pool<T>,                 VL,                 same<A, bf16>};
 
 }  // namespace
 

@@ -179,6 +179,83 @@ LK_INLINE Source<A> matrix(const A* data, i64 pixels, i64 stride, i64 depth) {
     return {{data, stride, 0, 1, int(depth)}, 0, 1, pixels};
 }
 
+// The projection of an expanded tensor by the team that has just made it, panel by panel. A long sum is two: of the first half of those
+// panels and of the other, so that a team can leave every half where it was made and exchange sums, which are fewer. That depends on the
+// depth alone, for the result must not depend on the team.
+LK_INLINE i64 first_half(i64 depth) { return depth >= 384 ? panels_of(depth) / 2 * NW : depth; }
+
+LK_INLINE i64 partial_floats(i64 depth, i64 pixels, i64 columns) {
+    return first_half(depth) < depth ? 2 * pixels * round_up(columns, NW) : 0;
+}
+
+// `pixels` rows, `pitch` apart. `partial` has room for partial_floats and is seen by the whole team.
+template <class A, class T>
+void projection(Team& team, const A* expanded, i64 pixels, i64 pitch, const Conv& conv, int act, const Target<T>& target, float* partial) {
+    const i64 depth = conv.in, half = first_half(depth), panels = panels_of(conv.out);
+    if (half == depth) return product(team, matrix<A>(expanded, pixels, pitch, depth), conv, act, target);
+    const Source<A> halves[2] = {matrix<A>(expanded, pixels, pitch, half), matrix<A>(expanded + half, pixels, pitch, depth - half)};
+    if (team.size == 1) {
+        for (i64 panel = 0; panel < panels; ++panel) {
+            const int width = panel_width(conv.out, panel);
+            const i64 column = panel * NW, columns = smaller(width, target.columns - column), tiles = divide_up(pixels, MR);
+            const A* weight = panel_of<A>(conv, panel);
+            Prefetch prefetch = prefetch_panel<A>(conv, panel + 1);
+            set_pace(prefetch, matrix<A>(expanded, pixels, pitch, depth).first, tiles);
+            for (i64 tile = 0; tile < tiles; ++tile) {
+                alignas(64) float c[MR * NW], more[MR * NW];
+                const i64 pixel = tile * pixels / tiles, rows = (tile + 1) * pixels / tiles - pixel, at = pixel * target.pixel + column;
+                for (int i = 0; i < 2; ++i) {
+                    Rows<A> a = halves[i].first;
+                    a.data += pixel * pitch;
+                    multiply<A>(int(rows), width, a, weight + i * half * width, i ? more : c, prefetch);
+                }
+                for (i64 i = 0; i < rows * width; i += VL) store(c + i, load(c + i) + load(more + i));
+                finish(act, c, rows, width, conv.bias + column, target.data + at, target.residual ? target.residual + at : nullptr, target.pixel,
+                       columns);
+            }
+        }
+        return;
+    }
+    const i64 tiles = divide_up(pixels, MR), groups = smaller(tiles, divide_up(2 * team.size, panels)), pitch_out = panels * NW;
+    // [half][panel][pixel][width]
+    const auto sums = [&](i64 i, i64 panel) { return partial + i * pixels * pitch_out + panel * pixels * NW; };
+    team.run(2 * panels * groups, [&](i64 unit, i64 next) {
+        const i64 i = unit / (panels * groups), panel = unit / groups % panels, group = unit % groups;
+        const int width = panel_width(conv.out, panel);
+        const A* weight = panel_of<A>(conv, panel) + i * half * width;
+        Prefetch prefetch{nullptr, nullptr, 0};
+        if (next >= 0 && next / groups != unit / groups) {
+            const i64 j = next / (panels * groups), after = next / groups % panels, row = panel_width(conv.out, after);
+            const A* p = panel_of<A>(conv, after) + j * half * row;
+            prefetch = {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p + (j ? depth - half : half) * row), 0};
+        }
+        const i64 begin = group * tiles / groups, end = (group + 1) * tiles / groups;
+        set_pace(prefetch, halves[i].first, end - begin);
+        for (i64 tile = begin; tile < end; ++tile) {
+            const i64 pixel = tile * pixels / tiles, rows = (tile + 1) * pixels / tiles - pixel;
+            Rows<A> a = halves[i].first;
+            a.data += pixel * pitch;
+            multiply<A>(int(rows), width, a, weight, sums(i, panel) + pixel * width, prefetch);
+        }
+    });
+    const i64 chunks = smaller(pixels, 8 * team.size);
+    team.run(chunks, [&](i64 chunk, i64) {
+        const i64 begin = chunk * pixels / chunks, end = (chunk + 1) * pixels / chunks;
+        for (i64 panel = 0; panel < panels; ++panel) {
+            const int width = panel_width(conv.out, panel);
+            const i64 column = panel * NW, columns = smaller(width, target.columns - column);
+            for (i64 from = begin; from < end; from += MR) {
+                const i64 rows = smaller(MR, end - from), at = from * target.pixel + column;
+                alignas(64) float c[MR * NW];
+                const float *a = sums(0, panel) + from * width, *b = sums(1, panel) + from * width;
+                for (i64 i = 0; i < rows * width; i += VL) store(c + i, load(a + i) + load(b + i));
+                finish(act, c, rows, width, conv.bias + column, target.data + at, target.residual ? target.residual + at : nullptr, target.pixel,
+                       columns);
+            }
+        }
+    });
+}
+
 template <class A, class T>
 LK_INLINE void convert(A* to, const T* from, i64 count) {
     i64 i = 0;

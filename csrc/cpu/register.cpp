@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <pthread.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -223,10 +224,30 @@ at::Tensor gn_mlp(const at::Tensor& x, Packed packed, double eps, i64 act, bool 
     return out;
 }
 
+// What stands between operators in a model's head. Weight and bias are fp32.
+at::Tensor norm_act(const at::Tensor& x, const at::Tensor* weight, const at::Tensor* bias, double eps, i64 act) {
+    const i64 channels = weight ? x.size(-1) : x.numel();
+    TORCH_CHECK(x.device().is_cpu() && (weight ? x.dim() == 2 && x.is_contiguous() && weight->numel() == channels : x.is_non_overlapping_and_dense()),
+                "lowkernels_cpu: norm_act: x is ", x.sizes());
+    at::Tensor out = at::empty_like(x);
+    if (out.numel() == 0) return out;
+    const Norm norm{weight ? weight->const_data_ptr<float>() : nullptr, bias ? bias->const_data_ptr<float>() : nullptr, eps};
+    kernels(x.scalar_type()).norm_act({x.const_data_ptr(), out.mutable_data_ptr(), x.numel() / channels, channels, norm, int(act)});
+    return out;
+}
+
+at::Tensor pool(const at::Tensor& x) {
+    check_image(x, x.dim() == 4 ? x.size(1) : 0);
+    at::Tensor out = empty_image(x, x.size(1), 1, 1);
+    kernels(x.scalar_type()).pool({x.const_data_ptr(), out.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1)});
+    return out;
+}
+
 // Calls that take each other's outputs, made one after another.
 class Chain : public torch::CustomClassHolder {
 public:
     // `numbers` and `reals` are the operator's integers and booleans, and its floats, in order; conv_act's residual, which is its x, is a 1.
+    // `linear` is a conv_act of rows (N, C). What is no operator: layer_norm, activation, pool and flatten.
     void add(const std::string& name, std::vector<at::Tensor> packed, const std::vector<i64>& numbers, const std::vector<double>& reals) {
         const auto expect = [&](std::size_t integers, std::size_t floats) {
             TORCH_CHECK(numbers.size() == integers && reals.size() == floats, "lowkernels_cpu: Chain: ", numbers.size(), " numbers and ", reals.size(),
@@ -249,6 +270,27 @@ public:
         } else if (name == "gn_mlp") {
             expect(2, 1);
             steps_.push_back([=, n = numbers, eps = reals[0]](const at::Tensor& x) { return gn_mlp(x, packed, eps, n[0], n[1]); });
+        } else if (name == "linear") {
+            expect(5, 0);
+            steps_.push_back([=, n = numbers](const at::Tensor& x) {
+                TORCH_CHECK(x.dim() == 2 && !n[0], "lowkernels_cpu: linear: x is ", x.sizes());
+                return conv_act(x.view({x.size(0), x.size(1), 1, 1}), std::nullopt, packed, n[1], n[2], n[3], n[4]).flatten(1);
+            });
+        } else if (name == "layer_norm") {
+            expect(0, 1);
+            TORCH_CHECK(packed.size() == 2 && packed[0].scalar_type() == at::kFloat && packed[1].scalar_type() == at::kFloat &&
+                            packed[0].numel() == packed[1].numel() && packed[0].is_contiguous() && packed[1].is_contiguous(),
+                        "lowkernels_cpu: layer_norm: weight and bias are not two vectors of float32");
+            steps_.push_back([=, eps = reals[0]](const at::Tensor& x) { return norm_act(x, &packed[0], &packed[1], eps, NONE); });
+        } else if (name == "activation") {
+            expect(1, 0);
+            steps_.push_back([=, act = numbers[0]](const at::Tensor& x) { return norm_act(x, nullptr, nullptr, 0, act); });
+        } else if (name == "pool") {
+            expect(0, 0);
+            steps_.push_back([](const at::Tensor& x) { return pool(x); });
+        } else if (name == "flatten") {
+            expect(0, 0);
+            steps_.push_back([](const at::Tensor& x) { return x.flatten(1); });
         } else {
             TORCH_CHECK(false, "lowkernels_cpu: Chain: no operator ", name);
         }

@@ -82,6 +82,15 @@ LK_INLINE void from_float(bf16* p, float x) {
     p->bits = x != x ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
+// The first `count` elements; zeros after them.
+template <class T>
+LK_INLINE V load(const T* p, i64 count) {
+    if (count >= VL) return load(p);
+    float values[VL] = {};
+    for (i64 i = 0; i < count; ++i) values[i] = to_float(p[i]);
+    return load(values);
+}
+
 // The larger, or the smaller, of two; b where one is a NaN.
 #if defined(__AVX512F__)
 LK_INLINE V maximum(V a, V b) { return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }

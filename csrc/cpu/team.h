@@ -1,6 +1,6 @@
 // One parallel region a call. Work comes in items (images, or blocks of rows of one); while there are at least as many items as
-// threads, each thread takes whole items; the rest are worked on by all threads together, in phases of units. How work is split never changes the order
-// of any sum, so results do not depend on the number of threads.
+// threads, each thread takes whole items; the rest are worked on by all threads together, in phases of units. How work is split never
+// changes the order of any sum, so results do not depend on the number of threads.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -24,62 +24,75 @@ LK_INLINE double seconds() {
     return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-struct Shared {
-    alignas(64) i64 items = 0;
-    alignas(64) i64 taken = 0;  // units handed out and done, over all phases so far
-    alignas(64) i64 done = 0;
+// What a thread of a team says to the others; each line is written by one of them again and again, and another's look at it costs that
+// one some 200 ns where they share no cache. So nobody looks before he has nothing else to do.
+struct Seat {
+    alignas(64) i64 taken;  // phase << 32, plus units of this thread's share of it that were handed out
+    alignas(64) i64 done;   // units this thread did, over all phases it has left
 };
 
 struct Team {
     int size;
     int rank;
-    Shared* shared;
+    Seat* seats;
     char* item;     // scratch of the item at hand, seen by the whole team
     char* own;      // scratch of this thread
+    i64 phase = 0;
     i64 until = 0;  // units of all phases so far, this one included
     i64 mine = 0;   // of them, those this thread did
     double waited = 0;  // seconds spent waiting for others, where it was long
 
-    // One phase: f(unit, next) for every unit; `next` is the unit this thread will have after it, so that its data can be prefetched,
-    // or -1 where that is open. Units are handed out one by one: a thread that shares its core takes fewer. Returns when all units are done, whoever
-    // did them: a thread that comes late, or not at all, is not waited for.
+    // One phase: f(unit, next) for every unit; `next` is the unit this thread will probably have after it, so that its data can be
+    // prefetched, or -1. A thread has the same share of equal phases, so that what it wrote is still in its cache, and takes units of
+    // others' shares when its own is done: a thread that shares its core does fewer. Returns when all units are done, whoever did them:
+    // a thread that comes late, or not at all, is not waited for.
     template <class F>
     void run(i64 units, const F& f) {
         if (size == 1) {
             for (i64 unit = 0; unit < units; ++unit) f(unit, unit + 1 < units ? unit + 1 : -1);
             return;
         }
-        const i64 start = until;
+        ++phase;
         until += units;
-        i64 unit = take();
-        while (unit >= 0) {
-            // To know the next unit is to hold it: only while there are enough for everybody.
-            const bool plenty = until - __atomic_load_n(&shared->taken, __ATOMIC_RELAXED) >= size;
-            const i64 next = plenty ? take() : -1;
-            f(unit - start, next >= 0 ? next - start : -1);
-            ++mine;
-            __atomic_fetch_add(&shared->done, 1, __ATOMIC_ACQ_REL);
-            unit = next >= 0 ? next : take();
+        const i64 end = share(rank + 1, units);
+        for (int i = 0; i < size; ++i) {
+            const int owner = (rank + i) % size;
+            for (i64 unit; (unit = take(owner, units)) >= 0; ++mine) f(unit, i == 0 && unit + 1 < end ? unit + 1 : -1);
         }
-        for (int spins = 0; __atomic_load_n(&shared->done, __ATOMIC_ACQUIRE) < until; ++spins) {
-            if (spins == 2000) return yield();
+        __atomic_store_n(&seats[rank].done, mine, __ATOMIC_RELEASE);
+        for (int spins = 0; !all_done(); ++spins) {
+            if (spins == 500) return yield();
             relax();
         }
     }
 
 private:
+    i64 share(int owner, i64 units) const { return owner * units / size; }
+
+    bool all_done() const {
+        i64 done = 0;
+        for (int i = 0; i < size; ++i) done += __atomic_load_n(&seats[i].done, __ATOMIC_ACQUIRE);
+        return done >= until;
+    }
+
     // The thread waited for may need this very core.
     void yield() {
         const double start = seconds();
-        while (__atomic_load_n(&shared->done, __ATOMIC_ACQUIRE) < until) sched_yield();
+        while (!all_done()) sched_yield();
         waited += seconds() - start;
     }
 
-    i64 take() {
-        i64 next = __atomic_load_n(&shared->taken, __ATOMIC_RELAXED);
-        while (next < until)
-            if (__atomic_compare_exchange_n(&shared->taken, &next, next + 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return next;
-        return -1;
+    // The next unit of a thread's share, or -1.
+    i64 take(int owner, i64 units) {
+        const i64 first = share(owner, units), count = share(owner + 1, units) - first, none = phase << 32;
+        i64* const at = &seats[owner].taken;
+        i64 taken = __atomic_load_n(at, __ATOMIC_RELAXED);
+        for (;;) {
+            // That of an earlier phase is as good as none; that of a later one says that this phase is over.
+            const i64 index = taken > none ? taken - none : 0;
+            if (index >= count) return -1;
+            if (__atomic_compare_exchange_n(at, &taken, none + index + 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return first + index;
+        }
     }
 };
 
@@ -107,21 +120,24 @@ void parallel(const Context& context, i64 items, i64 common_bytes, i64 item_byte
     common_bytes = round_up(common_bytes, 64) + 64;
     item_bytes = round_up(item_bytes, 64) + 64;
     own_bytes = round_up(own_bytes, 64) + 64;
-    char* common = static_cast<char*>(context.workspace(common_bytes + item_bytes + threads * (item_bytes + own_bytes)));
+    const i64 seat_bytes = threads * i64(sizeof(Seat));
+    Seat* seats = static_cast<Seat*>(context.workspace(seat_bytes + common_bytes + item_bytes + threads * (item_bytes + own_bytes)));
+    std::memset(seats, 0, seat_bytes);
+    char* common = reinterpret_cast<char*>(seats) + seat_bytes;
     char* together = common + common_bytes;
     char* alone = together + item_bytes;
-    Shared shared;
+    i64 taken = 0;  // items handed out
     // The calling thread's part of the work, and the seconds it waited for others before all was done.
     double share = 1, waited = 0, finished = 0;
     auto body = [&](int size, int rank) {
         char* own = alone + rank * (item_bytes + own_bytes);
-        Team solo{1, rank, &shared, own + own_bytes, own};
-        Team team{size, rank, &shared, together, own};
+        Team solo{1, rank, seats, own + own_bytes, own};
+        Team team{size, rank, seats, together, own};
         before(team, common);
         const i64 single = size == 1 ? items : items - items % size;
         i64 mine = 0;
         for (;; ++mine) {
-            i64 item = __atomic_fetch_add(&shared.items, 1, __ATOMIC_RELAXED);
+            i64 item = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
             if (item >= single) break;
             work(solo, common, item);
         }

@@ -17,8 +17,12 @@ struct WinogradBlock {
     i64 tiles() const { return tile_rows() * tile_columns(); }
     i64 pitch() const { return round_up(channels, VL) + VL; }
 
-    i64 transformed_elements() const { return 16 * tiles() * pitch(); }
     i64 product_floats() const { return 16 * tiles() * NW; }
+    // A thread's scratch: products, and the transformed input.
+    template <class A>
+    i64 own_bytes() const {
+        return product_floats() * i64(sizeof(float)) + 16 * tiles() * pitch() * i64(sizeof(A));
+    }
 };
 
 // B^T d B of one vector of channels of a 4x4 patch, written `plane` apart.
@@ -63,11 +67,8 @@ void transform_input(const T* image, const WinogradBlock& block, i64 tile_row, A
         }
         if (at < c) {
             V d[16] = {};
-            for (int i = 0; i < 16; ++i) {
-                float values[VL] = {};
-                for (i64 j = at; pixel[i] && j < c; ++j) values[j - at] = to_float(pixel[i][j]);
-                d[i] = load(values);
-            }
+            for (int i = 0; i < 16; ++i)
+                if (pixel[i]) d[i] = load(pixel[i] + at, c - at);
             transform_patch(d, out + at, plane);
         }
     }
@@ -106,12 +107,14 @@ void transform_output(const float* m, const WinogradBlock& block, const Conv& co
     }
 }
 
-// The whole convolution of a block by the team. `transformed` is shared, `products` the thread's own.
+// The whole convolution of a block by the team. `own` is the thread's.
 template <class A, class T, class U>
 void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv& conv, int act, const Target<U>& target,
-              A* transformed, float* products, const Conv* then = nullptr) {
+              char* own, const Conv* then = nullptr) {
+    float* products = reinterpret_cast<float*>(own);
+    A* transformed = reinterpret_cast<A*>(products + block.product_floats());
     warm<A>(conv, team.rank);
-    team.run(block.tile_rows(), [&](i64 row, i64) { transform_input(image, block, row, transformed); });
+    for (i64 row = 0; row < block.tile_rows(); ++row) transform_input(image, block, row, transformed);
     const i64 tiles = block.tiles(), pitch = block.pitch(), depth = conv.in, panels = panels_of(conv.out);
     const i64 groups = groups_of(team, panels, divide_up(tiles, MR));
     team.run(panels * groups, [&](i64 unit, i64 next) {

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...ops.operator import Prepared
+from .pack import ACTIVATION_NUMBERS
+
 if TYPE_CHECKING:
-    from ...ops.operator import Prepared
+    from ...nn.row import Plain
 
 
 def watch(tensors: list[Tensor], versions: list[int | None], pointers: list[int]) -> Callable[[], bool]:
@@ -32,19 +35,27 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def chain(calls: Sequence[Prepared], inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
+def chain(calls: Sequence[Prepared | Plain], inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
     """One function for calls that take each other's outputs, or None where one of them does more than run a kernel of this library.
 
     Args:
-        calls: all served by this backend.
-        inputs: an input of each; it is run on that once more, to see what it does.
+        calls: operators served by this backend, which are given rows (N, C) as images of one pixel, and functions between them.
+        inputs: an input of each; operators are run on that once more, to see what they do.
     """
     steps = torch.classes.lowkernels_cpu.Chain()
-    copied = calls[0].served[1]
-    if any(call.served[1] for call in calls[1:]):
+    made = [call for call in calls if isinstance(call, Prepared)]
+    copied = made[0].served[1]
+    if calls[0] is not made[0] or any(call.served[1] for call in made[1:]):
         return None
     for call, x in zip(calls, inputs, strict=True):
-        x = x.contiguous(memory_format=torch.channels_last)
+        if not isinstance(call, Prepared):
+            step = _plain(call, x)
+            if step is None:
+                return None
+            steps.add(*step)
+            continue
+        rows = x.dim() == 2
+        x = (x[:, :, None, None] if rows else x).contiguous(memory_format=torch.channels_last)
         with _Calls() as seen:
             out = call.run(x)
         if len(seen.made) != 1 or seen.made[0][0].namespace != "lowkernels_cpu" or out.stride() != call.stride:
@@ -56,8 +67,28 @@ def chain(calls: Sequence[Prepared], inputs: Sequence[Tensor]) -> Callable[[Tens
         if any(isinstance(v, Tensor) for v in numbers):
             return None
         reals = [v for v in rest if isinstance(v, float)]
-        steps.add(func._schema.name.removeprefix("lowkernels_cpu::"), packed, list(map(int, numbers)), reals)
+        name = func._schema.name.removeprefix("lowkernels_cpu::")
+        if rows and name != "conv_act":
+            return None
+        steps.add("linear" if rows else name, packed, list(map(int, numbers)), reals)
     run: Callable[[Tensor], Tensor] = steps.run
     if not copied:
         return run
     return lambda x: run(x.contiguous(memory_format=torch.channels_last))
+
+
+def _plain(function: Plain, x: Tensor) -> tuple[str, list[Tensor], list[int], list[float]] | None:
+    """What ``Chain.add`` takes for a function of ``x``, or None where it is not made for that."""
+    if function.name == "activation":
+        return "activation", [], [ACTIVATION_NUMBERS[function.act]], []
+    if function.name == "layer_norm":
+        if x.dim() != 2 or any(
+            t is not None and (t.dtype != x.dtype or t.shape != x.shape[1:]) for t in (function.weight, function.bias)
+        ):
+            return None
+        weight = torch.ones_like(x[0]) if function.weight is None else function.weight
+        bias = torch.zeros_like(x[0]) if function.bias is None else function.bias
+        return "layer_norm", [weight.float(), bias.float()], [], [function.eps]
+    if x.dim() != 4 or (function.name == "flatten" and x.shape[2:] != (1, 1)):
+        return None
+    return function.name, [], [], []
