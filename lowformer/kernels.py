@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowkernels.nn import ConvNormAct, FusedBlock, GroupNormMLP, chain_blocks
+from lowkernels.nn import ConvNormAct, FusedBlock, GroupNormMLP, chain_blocks, make_whole
 from lowkernels.nn import FusedMBConv as FusedMBConvKernel
 from lowkernels.nn import Linear as LinearKernel
 from lowkernels.nn import Lowtention as LowtentionKernel
@@ -41,6 +41,7 @@ def use_kernels(model: nn.Module, *, backend: str = "auto") -> nn.Module:
                 setattr(parent, name, LinearKernel(child, backend=backend))
     for parent, name, chain in chain_blocks(model):
         setattr(parent, name, chain)
+    make_whole(model)
     return model
 
 

@@ -6,6 +6,7 @@ from .block import FusedBlock, freeze, repack
 from .chain import Chain, chain_blocks
 from .linear import Linear
 from .modules import ConvNormAct, FusedMBConv, GroupNormMLP, Lowtention, MBConv, SeparableConv
+from .whole import make_whole, unmake_whole
 
 __all__ = [
     "Chain",
@@ -19,5 +20,7 @@ __all__ = [
     "SeparableConv",
     "chain_blocks",
     "freeze",
+    "make_whole",
     "repack",
+    "unmake_whole",
 ]

@@ -657,10 +657,8 @@ def freeze(model: nn.Module) -> nn.Module:
         block._check_freezable()
     for block in blocks:
         block.freeze()
-    from .chain import Chain  # it imports this module
+    from .whole import forget  # it imports this module
 
-    for module in model.modules():
-        if isinstance(module, Chain):
-            # It remembers the parameters it has to look after.
-            module._forget()
+    # What is called at once remembers the parameters it has to look after.
+    forget(model)
     return model

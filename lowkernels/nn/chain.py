@@ -7,67 +7,17 @@ backend offers it (``chain`` in the backend's module), all the blocks are one ca
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import backends, dispatch
-from ..ops.operator import Prepared, looks, nobody_listens
+from ..ops.operator import looks, nobody_listens
 from .block import PREPARED_KEPT, FusedBlock, has_hooks, hook_dicts
-
-_attributes = {name: operator.attrgetter(name) for name in ("_prepared", "backend", "training")}
-
-
-class _Row:
-    """The blocks of a chain as one call, and all that it relies on.
-
-    That is what each block's own forward would look at, in lists of their own: going from block to block in Python takes several
-    times as long, once kernels have filled the caches in between.
-    """
-
-    def __init__(
-        self, backend: ModuleType, run: Callable[[Tensor], Tensor], calls: list[Prepared], blocks: list[FusedBlock]
-    ) -> None:
-        self.run = run
-        served = [call.served for call in calls]
-        self._blocks = blocks
-        self._served = [(block.__dict__, call) for block, call in zip(blocks, served, strict=True)]
-        self._settled = [block._prepared for block in blocks]
-        self._backends = [block.backend for block in blocks]
-        self._modes = [m for block in blocks for m in (block, *block._mode_sensitive)]
-        self._hooks = [hooks for block in blocks for hooks in (*hook_dicts(block), *block._hooks_of_children)]
-        self._frozen = all(block.frozen for block in blocks)
-        sources = [source for block in blocks for source in block._signature or ()]
-        self._places = [place for place, *_ in sources]
-        self._keys = [key for _, key, *_ in sources]
-        self._tensors = [tensor for _, _, tensor, _, _ in sources]
-        versions, pointers = [version for *_, version, _ in sources], [pointer for *_, pointer in sources]
-        self._unchanged: Callable[[], bool] = backend.watch(self._tensors, versions, pointers)
-
-    def holds(self) -> bool:
-        """Whether every block would run the same kernel on the same packed weights again."""
-        return (
-            (self._frozen or not torch.is_grad_enabled())
-            and all(map(operator.is_, map(_attributes["_prepared"], self._blocks), self._settled))
-            and list(map(_attributes["backend"], self._blocks)) == self._backends
-            and not any(map(_attributes["training"], self._modes))
-            and not any(self._hooks)
-            and all(map(operator.is_, map(dict.get, self._places, self._keys), self._tensors))
-            and self._unchanged()
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = self.run(x)
-        for attributes, served in self._served:
-            attributes["_last_call"] = served
-        dispatch.record(*served)
-        return out
+from .row import Around, Row, first
 
 
 class Chain(nn.Sequential):
@@ -76,9 +26,8 @@ class Chain(nn.Sequential):
     (N, C, H, W) -> what the last child returns. State dict, indices and iteration are those of ``nn.Sequential``.
     """
 
-    _rows: dict[tuple[Any, ...], _Row | None]
+    _rows: dict[tuple[Any, ...], Row | None]
     _structure: list[tuple[dict[str, Any], tuple[Any, ...]]]
-    _hooks: list[dict[int, Any]]
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -96,18 +45,18 @@ class Chain(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if self.training or torch.compiler.is_compiling() or not nobody_listens(x) or _has_any_global_hook():
             return self._one_by_one(x)
-        if any(tuple(children.values()) != before for children, before in self._structure):
-            self._forget()
-        if any(self._hooks):
-            return self._one_by_one(x)
         key = looks(x, None)
         if key not in self._rows:
             return self._first(x, key)
         row = self._rows[key]
         if row is None:
+            if any(tuple(children.values()) != before for children, before in self._structure):
+                self._forget()
+            return self._one_by_one(x)
+        if torch.is_grad_enabled() and not row.frozen:
             return self._one_by_one(x)
         if not row.holds():
-            del self._rows[key]
+            self._forget()
             return self._one_by_one(x)
         return row(x)
 
@@ -116,37 +65,20 @@ class Chain(nn.Sequential):
         return out
 
     def _first(self, x: Tensor, key: tuple[Any, ...]) -> Tensor:
-        """Call the blocks one by one, and put together what each settles."""
         containers = [self, *(m for m in self.modules() if m is not self and isinstance(m, Chain))]
-        blocks = list(_blocks(self))
         self._structure = [(m._modules, tuple(m._modules.values())) for m in containers]
-        self._hooks = [hooks for m in containers[1:] for hooks in hook_dicts(m)]
-        if any(self._hooks):
+        if any(hooks for m in containers[1:] for hooks in hook_dicts(m)):
             return self._one_by_one(x)
-        calls: list[Prepared] = []
-        inputs = []
-        for block in blocks:
-            inputs.append(x)
-            known = looks(x, block.backend_argument())
-            x = block(x)
-            if known in block._prepared:
-                calls.append(block._prepared[known])
-        if len(calls) < len(blocks) and torch.is_grad_enabled():
-            # Settled without gradients only, as they mostly come.
+        x, row, other_without_gradients = first(list(blocks_of(self)), x, Around([m._modules for m in containers], containers[1:]))
+        if row is None and other_without_gradients:
             return x
-        row = None
-        serving = {call.served[0].backend for call in calls}
-        if len(calls) == len(blocks) and len(serving) == 1:
-            backend = backends.load(serving.pop())
-            run = backend.chain(calls, inputs) if hasattr(backend, "chain") else None
-            row = run and _Row(backend, run, calls, blocks)
         if len(self._rows) >= PREPARED_KEPT:
             self._rows.clear()
         self._rows[key] = row
         return x
 
     def _forget(self) -> None:
-        self._rows, self._structure, self._hooks = {}, [], []
+        self._rows, self._structure = {}, []
 
     def train(self, mode: bool = True) -> Chain:
         super().train(mode)
@@ -169,15 +101,16 @@ class Chain(nn.Sequential):
             return getattr(original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": {}, "_structure": [], "_hooks": []}
+        return {**self.__dict__, "_rows": {}, "_structure": []}
 
 
-def _blocks(chain: Chain) -> Iterator[FusedBlock]:
+def blocks_of(chain: Chain) -> Iterator[FusedBlock]:
+    """The blocks that ``chain`` calls, in order."""
     for child in chain._modules.values():
         if isinstance(child, FusedBlock):
             yield child
         elif isinstance(child, Chain):
-            yield from _blocks(child)
+            yield from blocks_of(child)
 
 
 class _Token:

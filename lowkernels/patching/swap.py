@@ -14,6 +14,7 @@ from .. import dispatch
 from ..errors import FrozenError
 from ..nn.block import FusedBlock
 from ..nn.chain import Chain, chain_blocks
+from ..nn.whole import make_whole, unmake_whole
 from ..report import NOTES, Row
 from .batchnorm import FoldedNorm, FoldedNormConv, fold_batch_norms
 from .linears import replace_linears
@@ -110,6 +111,7 @@ def _accelerate(model: nn.Module, backend: str, fold_batch_norm: bool, channels_
     model.__dict__[NOTES] = notes
     if strides:
         model.__dict__[_STRIDES] = {**strides, **model.__dict__.get(_STRIDES, {})}
+    make_whole(model)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -134,6 +136,7 @@ def restore(model: nn.Module) -> nn.Module:
                 parent._modules[name] = original
     parallel = _is_parallel(model)
     for module in modules:
+        unmake_whole(module)
         module.__dict__.pop(NOTES, None)
         strides = module.__dict__.pop(_STRIDES, {})
         if not parallel:

@@ -1,0 +1,273 @@
+"""A whole model as one call: what its forward does between the chains costs a small batch as much as some of their blocks.
+
+:func:`make_whole` runs a model's own forward once, on a token, to see what it does. Where that is no more than handing the input
+through blocks and a few plain functions (:class:`.row.Plain`), the model's calls go to a :class:`Whole`: in eval mode, without
+gradients, where nobody listens in between and the blocks' backend offers it, everything is one call. Every other call is the
+model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops.operator import looks, nobody_listens
+from .block import PREPARED_KEPT, FusedBlock, has_hooks
+from .chain import Chain, blocks_of
+from .row import Around, Plain, Row, Step, first
+
+# Where nn.Module looks for another way to be called, and keeps what nn.Module.compile() made. It is not copied with the module.
+_PLACE = "_compiled_call_impl"
+# Attributes of a model that this library keeps there.
+_OURS = (_PLACE, "_lowkernels_notes", "_lowkernels_strides")
+# How often a model is looked at: attributes that change all the time would cost more than is gained.
+_LOOKS = 4
+
+
+class Whole:
+    """Calls of a model, as one call of a backend where that is the same.
+
+    Args:
+        model: the model; its own ``__call__`` serves whatever this does not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._looks = 0
+        self._look()
+
+    def _look(self) -> None:
+        self._looks += 1
+        self._rows: dict[tuple[Any, ...], Row | None] = {}
+        self._state = _state(self._model)
+        self.steps = _look(self._model)
+
+    def forget(self) -> None:
+        """Drop what was put together for calls so far."""
+        self._rows = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model
+        if len(args) != 1 or kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
+            return model._call_impl(*args, **kwargs)
+        x = args[0]
+        if not isinstance(x, Tensor) or not nobody_listens(x) or _has_any_global_hook():
+            return model._call_impl(x)
+        key = looks(x, None)
+        if key not in self._rows:
+            return self._first(x, key)
+        row = self._rows[key]
+        if row is None:
+            return model._call_impl(x)
+        if not row.holds():
+            self._rows = {}
+            return self._first(x, key)
+        return row(x)
+
+    def _first(self, x: Tensor, key: tuple[Any, ...]) -> Any:
+        model = self._model
+        if self._looks < _LOOKS and not _is_same(_state(model), self._state):
+            self._look()
+        containers = list(_containers(model))
+        if not self.steps or not _is_same(_state(model), self._state) or any(has_hooks(m) for m in containers):
+            return model._call_impl(x)
+        own = [m for m in containers if not _is_ours(m)]
+        around = Around(
+            [*(m._modules for m in containers), *(d for m in own for d in (m.__dict__, m._parameters, m._buffers))], containers
+        )
+        out, row, _ = first(self.steps, x, around)
+        if len(self._rows) >= PREPARED_KEPT:
+            self._rows.clear()
+        self._rows[key] = row
+        # Its sums may be rounded otherwise than PyTorch's: what is returned must not depend on which call it is.
+        return out if row is None else row(x)
+
+
+class _Token:
+    """What is handed through a model while it is looked at. Functions that have a :class:`Plain` accept the latest token."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self._steps = steps
+        self._at = len(steps)
+
+    def then(self, step: Step) -> _Token:
+        """The next token, after ``step``."""
+        if not self.is_latest():
+            raise TypeError("an earlier value is used again")
+        self._steps.append(step)
+        return _Token(self._steps)
+
+    def is_latest(self) -> bool:
+        """Whether nothing was made of it yet."""
+        return self._at == len(self._steps)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> _Token:
+        recorder = _RECORDERS.get(function)
+        if recorder is None or not isinstance(args[0], _Token):
+            raise TypeError(f"{function} is no plain function")
+        step = recorder(*args[1:], **(kwargs or {}))
+        return args[0] if step is None else args[0].then(step)
+
+    def flatten(self, *args: Any, **kwargs: Any) -> _Token:
+        return self.__torch_function__(torch.flatten, (), (self, *args), kwargs)
+
+
+def _expect(condition: bool) -> None:
+    if not condition:
+        raise TypeError("another form of the function")
+
+
+def _activation(name: str) -> Callable[..., Plain]:
+    return lambda inplace=False: Plain("activation", act=name)
+
+
+def _gelu(approximate: str = "none") -> Plain:
+    return Plain("activation", act="gelu" if approximate == "none" else "gelu_tanh")
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Plain:
+    _expect((min_val, max_val) == (0.0, 6.0))
+    return Plain("activation", act="relu6")
+
+
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+    _expect(not training or p == 0)
+
+
+def _layer_norm(shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Plain:
+    _expect(len(shape) == 1 and all(t is None or t.is_leaf for t in (weight, bias)))
+    return Plain("layer_norm", weight, bias, eps)
+
+
+def _pool(output_size: Any) -> Plain:
+    _expect(output_size in (1, (1, 1), [1, 1]))
+    return Plain("pool")
+
+
+def _flatten(start_dim: int = 0, end_dim: int = -1) -> Plain:
+    _expect((start_dim, end_dim) in ((1, -1), (1, 3)))
+    return Plain("flatten")
+
+
+# The functions whose step is known, by what makes it of their arguments after the first; None for one that does nothing.
+_RECORDERS: dict[Any, Callable[..., Plain | None]] = {
+    F.relu: _activation("relu"),
+    F.relu6: _activation("relu6"),
+    F.hardswish: _activation("hardswish"),
+    F.silu: _activation("silu"),
+    F.gelu: _gelu,
+    F.hardtanh: _hardtanh,
+    F.dropout: _dropout,
+    F.layer_norm: _layer_norm,
+    F.adaptive_avg_pool2d: _pool,
+    torch.flatten: _flatten,
+}
+
+
+class _Stub(nn.Module):
+    """In the place of a block or chain; whatever else is read of it is the original's."""
+
+    def __init__(self, original: FusedBlock | Chain) -> None:
+        super().__init__()
+        self._original = (original,)
+
+    def forward(self, token: _Token) -> _Token:
+        original = self._original[0]
+        for block in blocks_of(original) if isinstance(original, Chain) else (original,):
+            token = token.then(block)
+        return token
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_original"][0], name)
+
+
+def make_whole(model: nn.Module) -> bool:
+    """Let ``model``'s calls be one call where that is the same; undone by :func:`unmake_whole`.
+
+    Returns:
+        Whether its forward is such that they can be.
+    """
+    unmake_whole(model)
+    if isinstance(model, FusedBlock | Chain) or getattr(nn.Module, _PLACE, model) is not None or getattr(model, _PLACE) is not None:
+        return False
+    whole = Whole(model)
+    if whole.steps:
+        setattr(model, _PLACE, whole)
+    return bool(whole.steps)
+
+
+def unmake_whole(model: nn.Module) -> None:
+    """Undo :func:`make_whole`, if it was done."""
+    if isinstance(model.__dict__.get(_PLACE), Whole):
+        delattr(model, _PLACE)
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what the model's chains, and itself, have put together for calls so far."""
+    for module in model.modules():
+        if isinstance(module, Chain):
+            module._forget()
+        whole = module.__dict__.get(_PLACE)
+        if isinstance(whole, Whole):
+            whole.forget()
+
+
+def _look(model: nn.Module) -> list[Step]:
+    """What the model's forward does in eval mode, or nothing if that is more than steps, or only one."""
+    if not any(isinstance(m, FusedBlock) for m in model.modules()):
+        return []
+    steps: list[Step] = []
+    try:
+        with torch.no_grad():
+            out = _twin(model).forward(_Token(steps))
+    except Exception:  # it is anybody's code
+        return []
+    owned = {id(t) for m in _containers(model) for t in (*m._parameters.values(), *m._buffers.values())}
+    weights = [t for step in steps if isinstance(step, Plain) for t in (step.weight, step.bias) if t is not None]
+    followed = isinstance(out, _Token) and out.is_latest() and all(id(t) in owned for t in weights)
+    return steps if followed and len(steps) > 1 else []
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module that runs the same code on the same attributes, in eval mode and with stubs for all blocks and chains."""
+    if _is_ours(module):
+        return _Stub(module)
+    twin = object.__new__(type(module))
+    children = {name: child and _twin(child) for name, child in module._modules.items()}
+    twin.__dict__.update({**module.__dict__, "_modules": children, "training": False})
+    return twin
+
+
+def _is_ours(module: nn.Module) -> TypeGuard[FusedBlock | Chain]:
+    return isinstance(module, FusedBlock | Chain)
+
+
+def _containers(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` and its descendants that are neither blocks nor inside of one."""
+    yield model
+    for child in model._modules.values():
+        if child is not None and not isinstance(child, FusedBlock):
+            yield from _containers(child)
+
+
+def _state(model: nn.Module) -> list[tuple[nn.Module, str, object]]:
+    """The attributes and children that the code of the model and its own modules may depend on."""
+    state: list[tuple[nn.Module, str, object]] = []
+    for module in _containers(model):
+        attributes = {} if _is_ours(module) else module.__dict__
+        state += [(module, name, value) for name, value in attributes.items() if name not in _OURS]
+        places = (module._modules, module._parameters, module._buffers)
+        state += [(module, name, value) for place in places for name, value in place.items()]
+    return state
+
+
+def _is_same(state: list[tuple[nn.Module, str, object]], other: list[tuple[nn.Module, str, object]]) -> bool:
+    return len(state) == len(other) and all(
+        a is b and name == name_too and v is w for (a, name, v), (b, name_too, w) in zip(state, other, strict=True)
+    )
