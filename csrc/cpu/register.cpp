@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -306,16 +307,33 @@ private:
 };
 
 // Tensors, and what was their version and where was their data: a chain asks on every call whether any has changed. From Python that
-// is one cache miss after another, some ten for each tensor; here the processor has many under way at once.
+// is one cache miss after another, some ten for each tensor; here the processor has many under way at once. What Python looks at next, dicts
+// and other objects, is brought into the cache meanwhile.
 class Watch : public torch::CustomClassHolder {
 public:
-    // A negative version is not looked at: inference tensors count none.
-    Watch(std::vector<at::Tensor> tensors, std::vector<i64> versions, std::vector<i64> pointers)
-        : tensors_(std::move(tensors)), versions_(std::move(versions)), pointers_(std::move(pointers)) {
+    // A negative version is not looked at: inference tensors count none. `dicts` and `objects` are addresses of what the caller keeps alive.
+    Watch(std::vector<at::Tensor> tensors, std::vector<i64> versions, std::vector<i64> pointers, std::vector<i64> dicts, std::vector<i64> objects)
+        : tensors_(std::move(tensors)),
+          versions_(std::move(versions)),
+          pointers_(std::move(pointers)),
+          dicts_(std::move(dicts)),
+          objects_(std::move(objects)) {
         TORCH_CHECK(tensors_.size() == versions_.size() && tensors_.size() == pointers_.size(), "lowkernels_cpu: Watch: lists of different lengths");
     }
 
     bool unchanged() const {
+        const auto ask = [](const void* address, i64 bytes) {
+            for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i);
+        };
+        for (const i64 dict : dicts_) ask(reinterpret_cast<const void*>(dict), 64);
+        for (const i64 object : objects_) ask(reinterpret_cast<const void*>(object), 64);
+        for (const auto& tensor : tensors_) ask(tensor.unsafeGetTensorImpl(), 128);
+        for (const i64 dict : dicts_) {
+            // The fifth word of a dict is where its keys and values are, in CPython; elsewhere this hint is of no use, and does no harm.
+            const void* entries;
+            std::memcpy(&entries, reinterpret_cast<const char*>(dict) + 32, sizeof entries);
+            ask(entries, 192);
+        }
         bool same = true;
         for (std::size_t i = 0; i < tensors_.size(); ++i) {
             const c10::TensorImpl& tensor = *tensors_[i].unsafeGetTensorImpl();
@@ -327,7 +345,7 @@ public:
 
 private:
     std::vector<at::Tensor> tensors_;
-    std::vector<i64> versions_, pointers_;
+    std::vector<i64> versions_, pointers_, dicts_, objects_;
 };
 
 // The instruction set's name, and what packing depends on: floats in a vector, whether bf16 weights stay bf16.
@@ -353,7 +371,7 @@ TORCH_LIBRARY(lowkernels_cpu, m) {
         .def("add", &lowkernels::Chain::add)
         .def("run", [](const c10::intrusive_ptr<lowkernels::Chain>& self, at::Tensor x) { return self->run(std::move(x)); });
     m.class_<lowkernels::Watch>("Watch")
-        .def(torch::init<std::vector<at::Tensor>, std::vector<int64_t>, std::vector<int64_t>>())
+        .def(torch::init<std::vector<at::Tensor>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>())
         .def("unchanged", &lowkernels::Watch::unchanged);
 }
 

@@ -10,8 +10,8 @@ A backend module defines
 - ``SELF_CHECK``, optional: whether each operator must pass :mod:`lowkernels.selfcheck` on a device before it is used there;
 - ``unavailable(device_type)``: why the backend cannot be used for tensors of that device type on this machine, or None. It must be
   cheap after its first call and must not start a GPU, a compiler or the network;
-- ``chain(calls, inputs)`` and ``watch(tensors, versions, pointers)``, optional: one function for several calls that take each
-  other's outputs, and one that says whether weights are as they were; see :mod:`lowkernels.nn.chain`;
+- ``chain(calls, inputs)`` and ``watch(tensors, versions, pointers, next_read)``, optional: one function for several calls that take
+  each other's outputs, and one that says whether weights are as they were; see :mod:`lowkernels.nn.row`;
 - ``describe()``: one line about its versions and state for ``lowkernels info``.
 
 To add a backend: add its module here, its name to ``PRIORITY``, and a file named ``KERNEL`` to the operators it serves.

@@ -104,18 +104,19 @@ class Row:
         self._places: list[dict[str, Any]] = list({id(place): place for place in places}.values())
         self._values = list(itertools.chain.from_iterable(place.values() for place in self._places))
         tensors, versions, pointers = map(list, zip(*sources, strict=True)) if sources else ([], [], [])
-        self._unchanged: Callable[[], bool] = backend.watch(tensors, versions, pointers)
+        self._read = [*self._places, *self._modes, *(m.__dict__ for m in self._modes)]
+        self._unchanged: Callable[[], bool] = backend.watch(tensors, versions, pointers, self._read)
 
     def holds(self) -> bool:
         """Whether every step would run the same kernel on the same packed weights again, without gradients."""
         values = itertools.chain.from_iterable(map(dict.values, self._places))
         return (
-            all(map(operator.is_, itertools.chain(values, (_END,)), itertools.chain(self._values, (_END,))))
+            self._unchanged()
+            and all(map(operator.is_, itertools.chain(values, (_END,)), itertools.chain(self._values, (_END,))))
             and all(map(operator.is_, map(_attributes["_prepared"], self._blocks), self._settled))
             and list(map(_attributes["backend"], self._blocks)) == self._backends
             and not any(map(_attributes["training"], self._modes))
             and not self._is_hooked()
-            and self._unchanged()
         )
 
     def _is_hooked(self) -> bool:
@@ -128,11 +129,11 @@ class Row:
         return False
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self.run(x)
+        # Before the kernels, which fill the caches with other things.
         for attributes, served in self._served:
             attributes["_last_call"] = served
         dispatch.record(*served)
-        return out
+        return self.run(x)
 
 
 def first(steps: Sequence[Step], x: Tensor, around: Around) -> tuple[Tensor, Row | None, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,21 @@ if TYPE_CHECKING:
     from ...nn.row import Plain
 
 
-def watch(tensors: list[Tensor], versions: list[int | None], pointers: list[int]) -> Callable[[], bool]:
-    """A function that says whether these are still the tensors' versions (None: it has none) and addresses."""
+def watch(
+    tensors: list[Tensor], versions: list[int | None], pointers: list[int], next_read: Sequence[object]
+) -> Callable[[], bool]:
+    """A function that says whether these are still the tensors' versions (None: it has none) and addresses.
+
+    Args:
+        tensors, versions, pointers: of equal length.
+        next_read: objects that the caller keeps alive and reads after each call of the function, which asks for their memory.
+    """
     numbers = [-1 if version is None else version for version in versions]
-    unchanged: Callable[[], bool] = torch.classes.lowkernels_cpu.Watch(tensors, numbers, pointers).unchanged
+    # Their address is what id() gives in CPython.
+    known = platform.python_implementation() == "CPython"
+    dicts = [id(value) for value in next_read if known and type(value) is dict]
+    others = [id(value) for value in next_read if known and type(value) is not dict]
+    unchanged: Callable[[], bool] = torch.classes.lowkernels_cpu.Watch(tensors, numbers, pointers, dicts, others).unchanged
     return unchanged
 
 
