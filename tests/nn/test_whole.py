@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowformer
 import lowkernels
 from lowkernels import backends
+from lowkernels.backends.cpu import build
 from lowkernels.nn import ConvNormAct, FusedBlock, FusedMBConv, GroupNormMLP, Linear, chain_blocks, make_whole, unmake_whole
 from lowkernels.ops.activations import ACTIVATIONS, activate
 from lowkernels.testing import measure_error
@@ -82,7 +83,7 @@ class _Calls:
 
 @pytest.fixture(autouse=True)
 def native() -> None:
-    reason = backends.load("cpu").unavailable("cpu")
+    reason = backends.load("cpu").unavailable("cpu") or build.load()
     if reason is not None:
         pytest.skip(f"calls of whole models are of the CPU kernels: {reason}")
 
