@@ -56,9 +56,14 @@ types: $(VENV)/.test
 
 check: lint types test
 
-# Every Triton kernel for every architecture; writes the table that a test holds against the sources.
-aot: $(VENV)/.test
+# Every Triton kernel for every architecture; writes the table that a test holds against the sources. The oldest Triton that is supported must
+# compile them all, without spills, as well.
+aot: $(VENV)/.test $(VENV)/triton-3.6.0
 	$(BIN)/python -m lowkernels.backends.triton.aot --arch all --write docs/perf/triton_resources.md
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python -m lowkernels.backends.triton.aot --arch all
+
+$(VENV)/triton-3.6.0: | $(VENV)/bin/python
+	$(PIP) --no-deps --target $@ triton==3.6.0
 
 # setuptools would put files of an earlier build into the wheel.
 build: $(VENV)/.torch
