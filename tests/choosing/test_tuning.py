@@ -297,10 +297,21 @@ def test_every_operator_of_the_gpu_backends_says_what_to_try() -> None:
             if backend == "triton":
                 pytest.importorskip("triton", reason="the Triton package is not installed")
             kernel: Any = dispatch.kernel(operator, backend)
-            if not hasattr(kernel, "candidates"):
-                assert backend == "cuda"
-                continue
             tried = kernel.candidates(*call.args)
             assert tried, (operator, backend)
             assert len({tuple(sorted(t.items())) for t in tried}) == len(tried)
             assert all(type(v) is int for t in tried for v in t.values())
+
+
+def test_conv_act_in_cuda_runs_with_the_setting_it_is_given() -> None:
+    kernel: Any = dispatch.kernel("conv_act", "cuda")
+    call = random_call("conv_act", dtype=torch.float16, channels=64, height=14, width=14, batch=8)
+    x, weight, *_ = call.args
+    chosen = kernel._plan(x, weight, 1, 1, False).config
+    for setting in kernel.candidates(*call.args):
+        with settings.using(setting):
+            config = kernel._plan(x, weight, 1, 1, False).config
+        assert {"config": config.number} == setting
+        assert config != chosen
+    with settings.using({"config": 99}):
+        assert kernel._plan(x, weight, 1, 1, False).config == chosen, "one that does not fit is ignored"

@@ -128,7 +128,7 @@ def test_conv_act_plan_asks_for_what_the_launcher_asks_for(kernels: Path, monkey
 
 def test_conv_act_divides_work_by_size() -> None:
     def chosen(*shape: int, pool: bool = False) -> tuple[int, int]:
-        config = conv_act.choose(*shape, pool, tiling.Device(227 * 1024, 228 * 1024, 132))
+        config = conv_act.configs(*shape, pool, tiling.Device(227 * 1024, 228 * 1024, 132))[0]
         return config.rows, config.columns
 
     # Few rows: the warps divide the depth. Many of both: the largest tile. Few columns: tall tiles.

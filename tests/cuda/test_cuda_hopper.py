@@ -360,6 +360,19 @@ def test_plan_of_convolutions(on_hopper: None, monkeypatch: pytest.MonkeyPatch) 
     assert chosen(256, 256, 14, 1536, 1, pool=True) is None
     assert chosen(1, 1536, 1, 1600, 1) is None
     assert hopper_conv.pack(torch.empty(1600, 1536, 1, 1)) == []
+
+    # What a tuner tries: other divisions of the tier, and all shapes of the kernels of every GPU.
+    call = torch.empty(256, 128, 14, 14, device="meta"), torch.empty(512, 128, 3, 3, device="meta"), None, "none", 1, 1, None, False
+    tried = conv_act.candidates(*call)
+    wide = [t for t in tried if "tier" in t]
+    assert wide
+    assert hopper.setting_of(hopper_conv.Tile(192, 1, 0)) not in wide
+    assert [t for t in tried if t not in wide] == [{"config": c.number} for c in conv_act._plan(*call[:2], 1, 1, False).configs]
+    for setting in tried:
+        with settings.using(setting):
+            plan = conv_act._plan(*call[:2], 1, 1, False)
+            tile = hopper_conv.choose(plan.conv, call[0], plan.cost)
+            assert setting == ({"config": plan.config.number} if tile is None else hopper.setting_of(tile))
     monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_80")
     assert chosen(256, 256, 7, 1536, 1, pool=True) is None
     monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_90a")

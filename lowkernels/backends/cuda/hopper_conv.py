@@ -130,6 +130,14 @@ def choose(conv: Conv, x: Tensor, others: float) -> Tile | None:
     return hopper.accepted("conv_act", x, _wanted(conv, x, others))
 
 
+def candidates(conv: Conv, x: Tensor, chosen: Tile | None) -> list[dict[str, int]]:
+    """Settings of this tier for a tuner to try besides what :func:`choose` says."""
+    if hopper.unusable(x.device) is not None:
+        return []
+    found = [hopper.setting_of(tile) for tile in divisions(conv, tiling.device_of(x)) if tile != chosen]
+    return found[: tiling.CANDIDATES]
+
+
 def remark(conv: Conv, x: Tensor, others: float) -> str | None:
     """Why a call that the tier would serve is served without it, or None."""
     return hopper.said("conv_act", x, lambda: _wanted(conv, x, others))

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...backends.cuda import chains, hopper_conv, launch, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import ACTIVATION_NUMBERS, GROUP, STEP, rounded_up
+from ...choosing import settings
 
 
 class Config(NamedTuple):
@@ -76,18 +77,29 @@ def _cost(config: Config, batch: int, pixels: int, columns: int, depth: int, poo
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(batch: int, pixels: int, columns: int, depth: int, pool: bool, device: tiling.Device) -> Config:
-    """The cheapest shape of a CTA for images of ``pixels`` outputs, each of ``columns`` channels made of ``depth`` inputs."""
+def configs(batch: int, pixels: int, columns: int, depth: int, pool: bool, device: tiling.Device) -> list[Config]:
+    """Shapes of a CTA that fit, the cheapest first, for images of ``pixels`` outputs of ``columns`` channels, each of ``depth``
+    inputs."""
     fitting = [c for c in CONFIGS if (c.pools or not pool) and c.shared(_images(c, batch, pixels) if pool else 0) <= device.shared]
-    return min(fitting, key=lambda c: _cost(c, batch, pixels, columns, depth, pool, device))
+    return sorted(fitting, key=lambda c: _cost(c, batch, pixels, columns, depth, pool, device))
 
 
 class _Plan(NamedTuple):
-    """How one call runs: its shape, and the kernels of every GPU: the shape of a CTA, and what it costs."""
+    """How one call runs: its shape, and by the kernels of every GPU: shapes of a CTA, the cheapest first, and what that costs."""
 
     conv: hopper_conv.Conv
-    config: Config
+    configs: list[Config]
     cost: float
+
+    @property
+    def config(self) -> Config:
+        """The shape of a CTA: the one that a setting names, else the cheapest."""
+        setting = settings.current()
+        return next((c for c in self.configs if setting == _setting_of(c)), self.configs[0])
+
+
+def _setting_of(config: Config) -> dict[str, int]:
+    return {"config": config.number}
 
 
 def _plan(x: Tensor, weight: Tensor, stride: int, padding: int, pool: bool) -> _Plan:
@@ -96,8 +108,8 @@ def _plan(x: Tensor, weight: Tensor, stride: int, padding: int, pool: bool) -> _
     # The mean of one pixel is that pixel.
     conv = hopper_conv.Conv(shape, pool and shape.output != (1, 1))
     call = shape.batch, conv.plane, columns, rounded_up(kernel**2 * shape.channels, STEP), conv.pool, tiling.device_of(x)
-    config = choose(*call)
-    return _Plan(conv, config, _cost(config, *call))
+    fitting = configs(*call)
+    return _Plan(conv, fitting, _cost(fitting[0], *call))
 
 
 def unsupported_weights(weight: Tensor, *rest: object) -> str | None:
@@ -125,6 +137,22 @@ def remark(
 ) -> str | None:
     plan = _plan(x, weight, stride, padding, pool)
     return hopper_conv.remark(plan.conv, x, plan.cost)
+
+
+def candidates(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: Tensor | None,
+    pool: bool,
+) -> list[dict[str, int]]:
+    plan = _plan(x, weight, stride, padding, pool)
+    chosen = hopper_conv.choose(plan.conv, x, plan.cost)
+    wide = hopper_conv.candidates(plan.conv, x, chosen)
+    return wide + [_setting_of(c) for c in plan.configs if chosen is not None or c != plan.configs[0]]
 
 
 def forward(
