@@ -8,7 +8,7 @@
 //   shared memory  80 KB (48 KB) of weights under way + 2 (c + 8) w bytes, and 512 a warp and image to pool
 //   registers      168 a thread with three warpgroups, 128 with two
 //   from L2        the window once, and the weights of its output channels once, for 192 or 128 rows; LowFormer-B1's head, 7x7x256
-//                  to 1536 and pooled, two images a CTA: 408 KB an image
+//                  to 1536 and pooled, two images a CTA and two CTAs for the output channels: 433 KB an image
 #include "expand_project_sm90.cuh"
 
 namespace lowkernels {

@@ -19,7 +19,7 @@ from tests.cuda import execution, traffic
 from tests.cuda.execution import Traffic
 from tests.cuda.traffic import Moved
 
-H200 = tiling.Device(227 * 1024, 228 * 1024, 132)
+H200 = traffic.H200
 
 
 @pytest.fixture

@@ -340,13 +340,14 @@ def wide_conv(shape: chains.Shape, tile: hopper_conv.Tile, residual: bool, pool:
     return Moved(tensors | ({"residual[0]": Traffic(out, out, 0)} if residual else {}))
 
 
+H200 = tiling.Device(227 * 1024, 228 * 1024, 132)
+
 # What launches of the layers that the kernels' headers name move, with so many images.
 _BATCH = 256
+_HEAD = chains.Shape(_BATCH, 256, 7, 7, 1536, 1, 1, 0, 0, False)
 LAYERS: dict[str, Callable[[], Moved]] = {
-    "conv_act": lambda: conv_act(chains.Shape(_BATCH, 256, 7, 7, 1536, 1, 1, 0, 0, False), 64, 128, False, images=1),
-    "conv_act_sm90": lambda: wide_conv(
-        chains.Shape(_BATCH, 256, 7, 7, 1536, 1, 1, 0, 0, False), hopper_conv.Tile(98, 1, 1), False, pool=True
-    ),
+    "conv_act": lambda: conv_act(_HEAD, 64, 128, False, images=1),
+    "conv_act_sm90": lambda: wide_conv(_HEAD, hopper_conv.divisions(hopper_conv.Conv(_HEAD, True), H200)[0], False, pool=True),
     "separable_conv": lambda: separable_conv(
         tiling.Shape(_BATCH, 512, 14, 14, 512, 3, 1, 1, 0, False), tiling.Tile(1, 7, 14, 3), True
     ),
