@@ -264,20 +264,12 @@ struct Products {
 #pragma unroll
                 for (int h = 0; h < C::kExpand; h++) {
                     activate(t.p.act, hidden[m][h]);  // few at a time, or the intermediate values spill
+                    // What fills up the tile is zero, whatever the inputs: an infinity times a weight of zero would be NaN.
+                    const bool live_group = live_column(t, first + h);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) a[m][h][i] = pack2(T{}, hidden[m][h][i / 2][i % 2 * 2], hidden[m][h][i / 2][i % 2 * 2 + 1]);
+                    for (int i = 0; i < 4; i++)
+                        a[m][h][i] = live_group ? pack2(T{}, hidden[m][h][i / 2][i % 2 * 2], hidden[m][h][i / 2][i % 2 * 2 + 1]) : 0;
                 }
-            if ((first + C::kExpand) * kGroup > t.p.expanded) {
-                // Zero, whatever the inputs: an infinity times a weight of zero would be NaN.
-#pragma unroll
-                for (int h = 0; h < C::kExpand; h++) {
-                    if (live_column(t, first + h)) continue;
-#pragma unroll
-                    for (int m = 0; m < C::kTiles; m++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) a[m][h][i] = 0;
-                }
-            }
 #pragma unroll
             for (int step = 0; step < C::kExpand; step += C::kProjectSteps) {
 #pragma unroll

@@ -30,7 +30,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
 # What makes channels that only fill up a tile zero, whatever the inputs; and what to leave of it.
 MASKS = {
     "mbconv": ("mbconv.cu", "if (!live) clear(acc);", ""),
-    "fused_mbconv": ("expand_project.cuh", "a[m][h][i] = 0;", ";"),
+    "fused_mbconv": ("expand_project.cuh", "= live_group ? pack2", "= true ? pack2"),
     "fused_mbconv_sm90": ("expand_project_sm90.cuh", "b[i] = live ? pack2", "b[i] = true ? pack2"),
 }
 
