@@ -129,7 +129,7 @@ def test_warpgroup_kernels_keep_their_budget(built: Built) -> None:
 def test_kernels_keep_their_budget_on_the_others(request: pytest.FixtureRequest) -> None:
     assert {*TIGHTEST.split(";"), *OTHERS.split(";")} == {*build.ARCHITECTURES.replace("+PTX", "").split(";")}
     if "slow" not in request.config.option.markexpr:
-        pytest.skip(f"compiles for {OTHERS}, some six minutes of processor time; `pytest -m slow` runs it")
+        pytest.skip(f"compiles for {OTHERS}, two minutes of two quiet cores; `pytest -m slow` runs it")
     built = compiled_for(OTHERS)
     test_kernels_keep_their_budget(built)
     test_warpgroup_kernels_keep_their_budget(built)
