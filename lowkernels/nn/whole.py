@@ -1,23 +1,30 @@
 """A whole model as one call: what its forward does between the chains costs a small batch as much as some of their blocks.
 
 :func:`make_whole` runs a model's own forward once, on a token, to see what it does. Where that is no more than handing the input
-through blocks and a few plain functions (:class:`.row.Plain`), the model's calls go to a :class:`Whole`: in eval mode, without
+through blocks and a few plain functions (:class:`.row.Plain`), and its code can do nothing else another time, the model's calls go to a :class:`Whole`: in eval mode, without
 gradients, where nobody listens in between and the blocks' backend offers it, everything is one call. Every other call is the
 model's own.
 """
 
 from __future__ import annotations
 
+import dis
+import inspect
+import re
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
 
 from ..ops.operator import looks, nobody_listens
-from .block import PREPARED_KEPT, FusedBlock, has_hooks
+from .block import PREPARED_KEPT, FusedBlock, has_hooks, hook_dicts
 from .chain import Chain, blocks_of
 from .row import Around, Plain, Row, Step, first
 
@@ -45,6 +52,8 @@ class Whole:
         self._looks += 1
         self._rows: dict[tuple[Any, ...], Row | None] = {}
         self._state = _state(self._model)
+        kinds = {type(m) for m in _containers(self._model)}
+        self._forwards = [(kind, kind.forward) for kind in kinds if not _is_trusted(kind.__module__)]
         self.steps = _look(self._model)
 
     def forget(self) -> None:
@@ -58,13 +67,14 @@ class Whole:
         x = args[0]
         if not isinstance(x, Tensor) or not nobody_listens(x) or _has_any_global_hook():
             return model._call_impl(x)
-        key = looks(x, None)
-        if key not in self._rows:
+        # Another thread may drop them at any time.
+        key, rows = looks(x, None), self._rows
+        if key not in rows:
             return self._first(x, key)
-        row = self._rows[key]
+        row = rows.get(key)
         if row is None:
             return model._call_impl(x)
-        if not row.holds():
+        if not row.holds() or any(kind.forward is not forward for kind, forward in self._forwards):
             self._rows = {}
             return self._first(x, key)
         return row(x)
@@ -82,45 +92,59 @@ class Whole:
         )
         out, row, _ = first(self.steps, x, around)
         if len(self._rows) >= PREPARED_KEPT:
-            self._rows.clear()
+            self._rows = {}
         self._rows[key] = row
         # Its sums may be rounded otherwise than PyTorch's: what is returned must not depend on which call it is.
         return out if row is None else row(x)
 
 
-class _Token:
-    """What is handed through a model while it is looked at. Functions that have a :class:`Plain` accept the latest token."""
+class _Token(Tensor):
+    """What is handed through a model while it is looked at: a tensor to those who ask, with which a :class:`_Looking` lets be done
+    only what it knows."""
 
-    def __init__(self, steps: list[Step]) -> None:
-        self._steps = steps
-        self._at = len(steps)
+    _steps: list[Step]
+    _at: int
+
+    @staticmethod
+    def after(steps: list[Step]) -> _Token:
+        """The token that stands for what is returned after ``steps``."""
+        with torch._C.DisableTorchFunction():
+            token = torch.empty(0, device="meta").as_subclass(_Token)
+        token._steps, token._at = steps, len(steps)
+        return token
 
     def then(self, step: Step) -> _Token:
         """The next token, after ``step``."""
-        if not self.is_latest():
-            raise TypeError("an earlier value is used again")
+        _expect(self.is_latest(), "an earlier value is used again")
+        # Blocks are going to be called without any of it.
+        _expect(
+            not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or torch.is_inference_mode_enabled()),
+            "a block is called in a context of its own",
+        )
         self._steps.append(step)
-        return _Token(self._steps)
+        return _Token.after(self._steps)
 
     def is_latest(self) -> bool:
         """Whether nothing was made of it yet."""
         return self._at == len(self._steps)
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> _Token:
+
+class _Looking(TorchFunctionMode):
+    """Notes plain functions of tokens. Whatever else is done with tensors is refused before it is done: the code that runs is the
+    model's own, and so are the buffers that it may count in, or decide by."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> _Token:
         recorder = _RECORDERS.get(function)
-        if recorder is None or not isinstance(args[0], _Token):
-            raise TypeError(f"{function} is no plain function")
+        _expect(recorder is not None and bool(args) and isinstance(args[0], _Token), f"{function} is no plain function")
+        assert recorder is not None
         step = recorder(*args[1:], **(kwargs or {}))
-        return args[0] if step is None else args[0].then(step)
-
-    def flatten(self, *args: Any, **kwargs: Any) -> _Token:
-        return self.__torch_function__(torch.flatten, (), (self, *args), kwargs)
+        token: _Token = args[0]
+        return token if step is None else token.then(step)
 
 
-def _expect(condition: bool) -> None:
+def _expect(condition: bool, problem: str = "another form of the function") -> None:
     if not condition:
-        raise TypeError("another form of the function")
+        raise TypeError(problem)
 
 
 def _activation(name: str) -> Callable[..., Plain]:
@@ -167,7 +191,100 @@ _RECORDERS: dict[Any, Callable[..., Plain | None]] = {
     F.layer_norm: _layer_norm,
     F.adaptive_avg_pool2d: _pool,
     torch.flatten: _flatten,
+    Tensor.flatten: _flatten,
 }
+
+
+# What code may ask Python itself, which has no effect and depends on what it is given alone.
+_ASKING = (callable, getattr, hasattr, isinstance, issubclass, iter, len, next)
+_WRITES = re.compile("(STORE|DELETE)_(ATTR|GLOBAL|SUBSCR|DEREF|NAME|SLICE)|IMPORT_.*")
+# Values that cannot change while they are the same object, or are followed otherwise.
+_FIXED = (
+    bool,
+    int,
+    float,
+    str,
+    type(None),
+    type,
+    torch.dtype,
+    torch.device,
+    ModuleType,
+    FunctionType,
+    BuiltinFunctionType,
+    nn.Module,
+    Tensor,
+)
+
+
+def _is_fixed(value: object) -> bool:
+    return all(map(_is_fixed, value)) if isinstance(value, tuple) else isinstance(value, _FIXED)
+
+
+class _Reading:
+    """Reads the code that runs within, but PyTorch's and this library's: whether it would do the same again.
+
+    It writes nothing but its own variables, and reads no more than its arguments, and attributes that cannot change unnoticed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names: set[str] = set()
+        self._problem = ""
+
+    def __enter__(self) -> _Reading:
+        _expect(sys.getprofile() is None, "somebody is profiling")
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event not in ("call", "c_call") or self._problem or _is_trusted(frame.f_globals.get("__name__", "")):
+            return
+        self._problem = _problem_of_call(argument) if event == "c_call" else _problem_of_code(frame)
+        self._names.update(frame.f_code.co_names)
+        # Before it runs: it may write to what the model shares with others.
+        _expect(not self._problem, self._problem)
+
+    def check(self) -> None:
+        """
+        Raises:
+            TypeError: it might do something else another time.
+        """
+        _expect(not self._problem, self._problem)
+        for module in _containers(self._model):
+            if _is_ours(module):
+                continue
+            for name in self._names & set(dir(type(module))) - set(module.__dict__) - set(dir(nn.Module)):
+                value = inspect.getattr_static(type(module), name)
+                descriptor = hasattr(type(value), "__get__")
+                _expect(descriptor or _is_trusted(type(module).__module__), f"reads {name}, an attribute of a class")
+            for name in self._names & set(module.__dict__) - set(nn.Module().__dict__):
+                _expect(_is_fixed(module.__dict__[name]), f"reads {name}, which may change without notice")
+
+
+def _problem_of_call(function: Any) -> str:
+    if function in _ASKING or function in _RECORDERS or _is_trusted(getattr(function, "__module__", None) or ""):
+        return ""
+    reads_dict = isinstance(getattr(function, "__self__", None), dict) and function.__name__ in ("get", "items", "keys", "values")
+    return "" if reads_dict else f"calls {function}"
+
+
+def _problem_of_code(frame: FrameType) -> str:
+    for instruction in dis.get_instructions(frame.f_code):
+        name = instruction.argval
+        if _WRITES.fullmatch(instruction.opname):
+            return f"writes {name}"
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in frame.f_globals:
+            value = frame.f_globals[name]
+            if not callable(value) and not isinstance(value, ModuleType):
+                return f"reads the global {name}"
+    return ""
+
+
+def _is_trusted(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "lowkernels", "contextlib")
 
 
 class _Stub(nn.Module):
@@ -194,6 +311,9 @@ def make_whole(model: nn.Module) -> bool:
         Whether its forward is such that they can be.
     """
     unmake_whole(model)
+    # The replicas of a nn.DataParallel would call the one original.
+    if any(not p.is_cpu for p in model.parameters()):
+        return False
     if isinstance(model, FusedBlock | Chain) or getattr(nn.Module, _PLACE, model) is not None or getattr(model, _PLACE) is not None:
         return False
     whole = Whole(model)
@@ -220,12 +340,19 @@ def forget(model: nn.Module) -> None:
 
 def _look(model: nn.Module) -> list[Step]:
     """What the model's forward does in eval mode, or nothing if that is more than steps, or only one."""
-    if not any(isinstance(m, FusedBlock) for m in model.modules()):
+    if not any(isinstance(m, FusedBlock) for m in model.modules()) or _has_any_global_hook():
         return []
     steps: list[Step] = []
     try:
-        with torch.no_grad():
-            out = _twin(model).forward(_Token(steps))
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            _Looking(),
+            _Reading(model) as reading,
+        ):
+            out = _twin(model).forward(_Token.after(steps))
+        reading.check()
     except Exception:  # it is anybody's code
         return []
     owned = {id(t) for m in _containers(model) for t in (*m._parameters.values(), *m._buffers.values())}
@@ -240,7 +367,11 @@ def _twin(module: nn.Module) -> nn.Module:
         return _Stub(module)
     twin = object.__new__(type(module))
     children = {name: child and _twin(child) for name, child in module._modules.items()}
-    twin.__dict__.update({**module.__dict__, "_modules": children, "training": False})
+    # Nobody's hook hears of it.
+    hooks: dict[str, Any] = {
+        name: OrderedDict() for name, value in module.__dict__.items() if any(value is d for d in hook_dicts(module))
+    }
+    twin.__dict__.update({**module.__dict__, **hooks, "_modules": children, "training": False})
     return twin
 
 
@@ -260,6 +391,8 @@ def _state(model: nn.Module) -> list[tuple[nn.Module, str, object]]:
     """The attributes and children that the code of the model and its own modules may depend on."""
     state: list[tuple[nn.Module, str, object]] = []
     for module in _containers(model):
+        if not _is_trusted(type(module).__module__):
+            state.append((module, "forward", type(module).forward))
         attributes = {} if _is_ours(module) else module.__dict__
         state += [(module, name, value) for name, value in attributes.items() if name not in _OURS]
         places = (module._modules, module._parameters, module._buffers)

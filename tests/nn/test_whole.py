@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -357,6 +358,161 @@ class _Softplus(Net):
         return F.hardtanh(self.last(self.body(x)))
 
 
+class _Isinstance(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if isinstance(x, Tensor) else x)
+
+
+class _Autocast(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class _Attribute(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.rate += 0.001
+        return super().forward(x)
+
+
+class _CountingBuffer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    count: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+class _AskingBuffer(_CountingBuffer):
+    def forward(self, x: Tensor) -> Tensor:
+        return Net.forward(self, x) if self.count > 1e6 else Net.forward(self, x).relu()
+
+
+_SEEN: list[object] = []
+_IS_POSITIVE = False
+
+
+class _List(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        _SEEN.append(x)
+        return x
+
+
+class _OwnList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = _SEEN  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        self.seen.append(x)
+        return x
+
+
+class _Global(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return F.relu(x) if _IS_POSITIVE else x
+
+
+class _Settings(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"positive": False}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return F.relu(x) if self.settings["positive"] else x
+
+
+class _ListOfModules(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = [nn.Identity()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for module in self.more:
+            x = module(x)
+        return x
+
+
+class _ClassAttribute(Net):
+    positive = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return F.relu(x) if self.positive else x
+
+
+class _Random(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return F.relu(x) if random.random() < 0.5 else x
+
+
+_UNSETTLED = [
+    _Isinstance,
+    _Autocast,
+    _Attribute,
+    _CountingBuffer,
+    _AskingBuffer,
+    _List,
+    _OwnList,
+    _Global,
+    _Settings,
+    _ListOfModules,
+]
+
+
+@pytest.mark.parametrize("kind", [*_UNSETTLED, _ClassAttribute, _Random])
+def test_models_that_might_do_something_else_another_time(kind: Callable[[], nn.Module]) -> None:
+    model, x = _net(kind=kind), _x()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not make_whole(model)
+    assert not _SEEN, "looking had an effect"
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), "looking had an effect"
+    with torch.no_grad():
+        model(x)
+    _SEEN.clear()
+
+
+def test_follows_the_code_of_the_class() -> None:
+    class Own(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model, x = _net(kind=Own), _x()
+    assert make_whole(model)
+    with torch.no_grad():
+        before = [model(x) for _ in range(2)][1]
+        Own.forward = lambda self, x: Net.forward(self, x) * 2  # type: ignore[method-assign]
+        for _ in range(2):
+            torch.testing.assert_close(model(x), before * 2)
+
+
+def test_nobody_hears_of_the_look() -> None:
+    model, seen = _net(), []
+    handles = [m.register_forward_hook(lambda *args: seen.append(args)) for m in (model, model.norm, model.act)]
+    assert make_whole(model)
+    assert not seen
+    with torch.no_grad():
+        expected = [model(_x()) for _ in range(2)][1]
+        assert len(seen) == 6
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(model(_x()), expected)
+
+
+def test_only_on_a_cpu() -> None:
+    assert not make_whole(_net().to("meta"))
+
+
 @pytest.mark.parametrize("kind", [_Residual, _Shape, _Unknown, _Two, _Earlier, _Computed, _Softplus])
 def test_models_that_do_more_are_left_alone(kind: Callable[[], nn.Module]) -> None:
     model, x = _net(kind=kind), _x()
@@ -379,13 +535,7 @@ def test_lowformer_is_one_call(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_model_whose_attributes_change_all_the_time() -> None:
-    class Counting(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls = getattr(self, "calls", 0) + 1
-            return super().forward(x)
-
-    model, x = _net(kind=Counting), _x()
-    make_whole(model)
+    model, x = _whole(), _x()
     with torch.no_grad():
         expected = model._call_impl(x)
         for i in range(8):
