@@ -1,9 +1,9 @@
 """A whole model as one call: what its forward does between the chains costs a small batch as much as some of their blocks.
 
 :func:`make_whole` runs a model's own forward once, on a token, to see what it does. Where that is no more than handing the input
-through blocks and a few plain functions (:class:`.row.Plain`), and its code can do nothing else another time, the model's calls go to a :class:`Whole`: in eval mode, without
-gradients, where nobody listens in between and the blocks' backend offers it, everything is one call. Every other call is the
-model's own.
+through blocks and a few plain functions (:class:`.row.Plain`), and its code can do nothing else another time, the model's calls go
+to a :class:`Whole`: in eval mode, without gradients, where nobody listens in between and the blocks' backend offers it, everything
+is one call. Every other call is the model's own.
 """
 
 from __future__ import annotations
