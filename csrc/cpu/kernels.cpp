@@ -451,13 +451,15 @@ void norm_act(const NormAct& call) {
 
 template <class T>
 void pool(const Pool& call) {
+    typedef double Doubles __attribute__((vector_size(VL * 8)));
     for (i64 image = 0; image < call.n; ++image) {
         const T* x = static_cast<const T*>(call.x) + image * call.pixels * call.channels;
         for (i64 i = 0; i < call.channels; i += VL) {
             const i64 count = smaller(VL, call.channels - i);
-            V total = {};
-            for (i64 pixel = 0; pixel < call.pixels; ++pixel) total += load(x + pixel * call.channels + i, count);
-            write(total / float(call.pixels), static_cast<T*>(call.out) + image * call.channels + i, static_cast<const T*>(nullptr), count);
+            Doubles total = {};
+            for (i64 pixel = 0; pixel < call.pixels; ++pixel) total += __builtin_convertvector(load(x + pixel * call.channels + i, count), Doubles);
+            const V mean = __builtin_convertvector(total / double(call.pixels), V);
+            write(mean, static_cast<T*>(call.out) + image * call.channels + i, static_cast<const T*>(nullptr), count);
         }
     }
 }

@@ -101,10 +101,9 @@ void* workspace(std::size_t bytes) {
 
 // The threads of an OpenMP pool do not survive a fork, and entering a parallel region in the child can wait for them for ever.
 std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Context context(double multiplications) {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    (void)registered;
     constexpr double worth_a_team = 1e5;
     const bool alone = forked || at::in_parallel_region() || multiplications < worth_a_team;
     thread_local Helpers helpers;

@@ -114,6 +114,7 @@ void winograd(Team& team, const T* image, const WinogradBlock& block, const Conv
     float* products = reinterpret_cast<float*>(own);
     A* transformed = reinterpret_cast<A*>(products + block.product_floats());
     warm<A>(conv, team.rank);
+    // A thread that comes so late that the others are done with this phase may read what they write next: there is no unit left for it then.
     for (i64 row = 0; row < block.tile_rows(); ++row) transform_input(image, block, row, transformed);
     const i64 tiles = block.tiles(), pitch = block.pitch(), depth = conv.in, panels = panels_of(conv.out);
     const i64 groups = groups_of(team, panels, divide_up(tiles, MR));

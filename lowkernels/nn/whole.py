@@ -8,13 +8,8 @@ is one call. Every other call is the model's own.
 
 from __future__ import annotations
 
-import dis
-import inspect
-import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any, TypeGuard
 
 import torch
@@ -26,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.operator import looks, nobody_listens
 from .block import PREPARED_KEPT, FusedBlock, has_hooks, hook_dicts
 from .chain import Chain, blocks_of
+from .reading import Reading, expect, is_trusted
 from .row import Around, Plain, Row, Step, first
 
 # Where nn.Module looks for another way to be called, and keeps what nn.Module.compile() made. It is not copied with the module.
@@ -53,7 +49,7 @@ class Whole:
         self._rows: dict[tuple[Any, ...], Row | None] = {}
         self._state = _state(self._model)
         kinds = {type(m) for m in _containers(self._model)}
-        self._forwards = [(kind, kind.forward) for kind in kinds if not _is_trusted(kind.__module__)]
+        self._forwards = [(kind, kind.forward) for kind in kinds if not is_trusted(kind.__module__)]
         self.steps = _look(self._model)
 
     def forget(self) -> None:
@@ -115,9 +111,9 @@ class _Token(Tensor):
 
     def then(self, step: Step) -> _Token:
         """The next token, after ``step``."""
-        _expect(self.is_latest(), "an earlier value is used again")
+        expect(self.is_latest(), "an earlier value is used again")
         # Blocks are going to be called without any of it.
-        _expect(
+        expect(
             not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or torch.is_inference_mode_enabled()),
             "a block is called in a context of its own",
         )
@@ -135,16 +131,11 @@ class _Looking(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> _Token:
         recorder = _RECORDERS.get(function)
-        _expect(recorder is not None and bool(args) and isinstance(args[0], _Token), f"{function} is no plain function")
+        expect(recorder is not None and bool(args) and isinstance(args[0], _Token), f"{function} is no plain function")
         assert recorder is not None
         step = recorder(*args[1:], **(kwargs or {}))
         token: _Token = args[0]
         return token if step is None else token.then(step)
-
-
-def _expect(condition: bool, problem: str = "another form of the function") -> None:
-    if not condition:
-        raise TypeError(problem)
 
 
 def _activation(name: str) -> Callable[..., Plain]:
@@ -156,26 +147,26 @@ def _gelu(approximate: str = "none") -> Plain:
 
 
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Plain:
-    _expect((min_val, max_val) == (0.0, 6.0))
+    expect((min_val, max_val) == (0.0, 6.0))
     return Plain("activation", act="relu6")
 
 
 def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
-    _expect(not training or p == 0)
+    expect(not training or p == 0)
 
 
 def _layer_norm(shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Plain:
-    _expect(len(shape) == 1 and all(t is None or t.is_leaf for t in (weight, bias)))
+    expect(len(shape) == 1 and all(t is None or t.is_leaf for t in (weight, bias)))
     return Plain("layer_norm", weight, bias, eps)
 
 
 def _pool(output_size: Any) -> Plain:
-    _expect(output_size in (1, (1, 1), [1, 1]))
+    expect(output_size in (1, (1, 1), [1, 1]))
     return Plain("pool")
 
 
 def _flatten(start_dim: int = 0, end_dim: int = -1) -> Plain:
-    _expect((start_dim, end_dim) in ((1, -1), (1, 3)))
+    expect((start_dim, end_dim) in ((1, -1), (1, 3)))
     return Plain("flatten")
 
 
@@ -193,98 +184,6 @@ _RECORDERS: dict[Any, Callable[..., Plain | None]] = {
     torch.flatten: _flatten,
     Tensor.flatten: _flatten,
 }
-
-
-# What code may ask Python itself, which has no effect and depends on what it is given alone.
-_ASKING = (callable, getattr, hasattr, isinstance, issubclass, iter, len, next)
-_WRITES = re.compile("(STORE|DELETE)_(ATTR|GLOBAL|SUBSCR|DEREF|NAME|SLICE)|IMPORT_.*")
-# Values that cannot change while they are the same object, or are followed otherwise.
-_FIXED = (
-    bool,
-    int,
-    float,
-    str,
-    type(None),
-    type,
-    torch.dtype,
-    torch.device,
-    ModuleType,
-    FunctionType,
-    BuiltinFunctionType,
-    nn.Module,
-    Tensor,
-)
-
-
-def _is_fixed(value: object) -> bool:
-    return all(map(_is_fixed, value)) if isinstance(value, tuple) else isinstance(value, _FIXED)
-
-
-class _Reading:
-    """Reads the code that runs within, but PyTorch's and this library's: whether it would do the same again.
-
-    It writes nothing but its own variables, and reads no more than its arguments, and attributes that cannot change unnoticed.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._names: set[str] = set()
-        self._problem = ""
-
-    def __enter__(self) -> _Reading:
-        _expect(sys.getprofile() is None, "somebody is profiling")
-        sys.setprofile(self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-
-    def _note(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event not in ("call", "c_call") or self._problem or _is_trusted(frame.f_globals.get("__name__", "")):
-            return
-        self._problem = _problem_of_call(argument) if event == "c_call" else _problem_of_code(frame)
-        self._names.update(frame.f_code.co_names)
-        # Before it runs: it may write to what the model shares with others.
-        _expect(not self._problem, self._problem)
-
-    def check(self) -> None:
-        """
-        Raises:
-            TypeError: it might do something else another time.
-        """
-        _expect(not self._problem, self._problem)
-        for module in _containers(self._model):
-            if _is_ours(module):
-                continue
-            for name in self._names & set(dir(type(module))) - set(module.__dict__) - set(dir(nn.Module)):
-                value = inspect.getattr_static(type(module), name)
-                descriptor = hasattr(type(value), "__get__")
-                _expect(descriptor or _is_trusted(type(module).__module__), f"reads {name}, an attribute of a class")
-            for name in self._names & set(module.__dict__) - set(nn.Module().__dict__):
-                _expect(_is_fixed(module.__dict__[name]), f"reads {name}, which may change without notice")
-
-
-def _problem_of_call(function: Any) -> str:
-    if function in _ASKING or function in _RECORDERS or _is_trusted(getattr(function, "__module__", None) or ""):
-        return ""
-    reads_dict = isinstance(getattr(function, "__self__", None), dict) and function.__name__ in ("get", "items", "keys", "values")
-    return "" if reads_dict else f"calls {function}"
-
-
-def _problem_of_code(frame: FrameType) -> str:
-    for instruction in dis.get_instructions(frame.f_code):
-        name = instruction.argval
-        if _WRITES.fullmatch(instruction.opname):
-            return f"writes {name}"
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in frame.f_globals:
-            value = frame.f_globals[name]
-            if not callable(value) and not isinstance(value, ModuleType):
-                return f"reads the global {name}"
-    return ""
-
-
-def _is_trusted(module: str) -> bool:
-    return module.partition(".")[0] in ("torch", "lowkernels", "contextlib")
 
 
 class _Stub(nn.Module):
@@ -349,10 +248,10 @@ def _look(model: nn.Module) -> list[Step]:
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
             _Looking(),
-            _Reading(model) as reading,
+            Reading(_RECORDERS) as reading,
         ):
             out = _twin(model).forward(_Token.after(steps))
-        reading.check()
+        reading.check(m for m in _containers(model) if not _is_ours(m))
     except Exception:  # it is anybody's code
         return []
     owned = {id(t) for m in _containers(model) for t in (*m._parameters.values(), *m._buffers.values())}
@@ -391,7 +290,7 @@ def _state(model: nn.Module) -> list[tuple[nn.Module, str, object]]:
     """The attributes and children that the code of the model and its own modules may depend on."""
     state: list[tuple[nn.Module, str, object]] = []
     for module in _containers(model):
-        if not _is_trusted(type(module).__module__):
+        if not is_trusted(type(module).__module__):
             state.append((module, "forward", type(module).forward))
         attributes = {} if _is_ours(module) else module.__dict__
         state += [(module, name, value) for name, value in attributes.items() if name not in _OURS]

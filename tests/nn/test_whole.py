@@ -144,6 +144,20 @@ def test_functions_between_blocks(channels: int, dtype: torch.dtype) -> None:
         check("activation", image, [], [number], [], lambda x, act=act: activate(x, act))
 
 
+@pytest.mark.parametrize("size", [7, 56, 112])
+@pytest.mark.parametrize("value", [0.1, 0.7])
+def test_many_equal_pixels(value: float, size: int) -> None:
+    """Rounding errors of a long sum of equal terms all have one sign."""
+    chain = torch.classes.lowkernels_cpu.Chain()
+    chain.add("pool", [], [], [])
+    x = torch.full((1, 20, size, size), value).contiguous(memory_format=torch.channels_last)
+    exact = x.double().mean((2, 3), keepdim=True)
+    allowed = (
+        1.5 * (F.adaptive_avg_pool2d(x, 1).double() - exact).abs().max() + 2 * torch.finfo(torch.float32).eps * exact.abs().max()
+    )
+    assert (chain.run(x).double() - exact).abs().max() <= allowed
+
+
 def test_functions_refuse_what_they_are_not_made_for() -> None:
     chain: Any = torch.classes.lowkernels_cpu.Chain()
     with pytest.raises(RuntimeError, match="layer_norm"):
