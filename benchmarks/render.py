@@ -294,14 +294,11 @@ def headline(results: Results) -> str:
         body.append((title(group[0]), *times, against(our, rival)))
     if not body:
         return "No model was measured with every strong rival."
-    run = results.run
     header = ("ms per batch", "lowkernels", "fastest rival", "eager", "over fastest rival")
+    measured = [r for r in results.runs if " models" in r["command"]] or results.runs
+    runs = "; ".join(f"`{r['command']}` ({r['date'][:10]}, {commit_title(r)})" for r in measured)
     return "\n\n".join(
-        [
-            table(header, body),
-            f"{tally(verdicts)} Measured on {device_title({**run, 'cpu': None})}, {run['date'][:10]}, {commit_title(run)}: "
-            f"`{run['command']}`.",
-        ]
+        [table(header, body), f"{tally(verdicts)} Measured on {device_title({**results.run, 'cpu': None})}: {runs}."]
     )
 
 
