@@ -209,7 +209,7 @@ CONVOLUTIONS: list[tuple[int, dict[str, Any]]] = [
 @pytest.mark.parametrize(("number", "shape"), CONVOLUTIONS)
 def test_conv_act(kernels: Path, monkeypatch: pytest.MonkeyPatch, number: int, shape: dict[str, Any]) -> None:
     config = conv_act.CONFIGS[number]
-    monkeypatch.setattr(conv_act, "choose", lambda *args: config)
+    monkeypatch.setattr(conv_act, "configs", lambda *args: [config])
     sizes = chained("conv_act", shape)
     images = conv_act._images(config, sizes.batch, sizes.output[0] * sizes.output[1]) if shape.get("pool") else 0
     expected = traffic.conv_act(sizes, config.rows, config.columns, shape.get("residual", False), images)
