@@ -280,7 +280,7 @@ def symptoms(operator: str, library: Path, pairs: bool, large: bool, monkeypatch
     paired = IMAGES if operator == "lowtention" else PAIRS
     call = random_call(operator, dtype=torch.float16, **{**CALLS[operator], **(paired if pairs else LARGE if large else {})})
     if operator == "conv_act":
-        monkeypatch.setattr(conv_act, "choose", lambda *args: conv_act.CONFIGS[2])
+        monkeypatch.setattr(conv_act, "configs", lambda *args: [conv_act.CONFIGS[2]])
         call = random_call(operator, dtype=torch.float16, **{**CONV, **({**PAIRS, "pool": True} if pairs else {})})
     elif operator in ("fused_mbconv", "gn_mlp"):
         # The shape whose warps share rows; whole images in pairs; statistics by a launch before.

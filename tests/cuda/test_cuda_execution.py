@@ -100,7 +100,7 @@ SHAPES_OF_CONV_ACT: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("config", conv_act.CONFIGS, ids=lambda c: f"{c.rows}x{c.columns}")
 def test_every_shape_of_conv_act(kernels: Path, monkeypatch: pytest.MonkeyPatch, config: conv_act.Config) -> None:
-    monkeypatch.setattr(conv_act, "choose", lambda *args: config)
+    monkeypatch.setattr(conv_act, "configs", lambda *args: [config])
     for shape in SHAPES_OF_CONV_ACT:
         if shape.get("pool") and not config.pools:
             continue
@@ -115,7 +115,7 @@ def test_every_shape_of_conv_act(kernels: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_conv_act_plan_asks_for_what_the_launcher_asks_for(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for config in conv_act.CONFIGS:
-        monkeypatch.setattr(conv_act, "choose", lambda *args, config=config: config)
+        monkeypatch.setattr(conv_act, "configs", lambda *args, config=config: [config])
         for pool, batch in ((False, 1), (True, 1), (True, 3)):
             if pool and not config.pools:
                 continue
@@ -141,7 +141,7 @@ def test_conv_act_divides_work_by_size() -> None:
 
 def test_conv_act_offsets_beyond_2_to_31(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    monkeypatch.setattr(conv_act, "choose", lambda *args: conv_act.CONFIGS[2])
+    monkeypatch.setattr(conv_act, "configs", lambda *args: [conv_act.CONFIGS[2]])
     size, batch = 64, 2**31 // (64 * 64 * 64) + 2
     call = random_call("conv_act", batch=1, channels=64, out_channels=4, height=size, width=size, dtype=torch.float16)
     with execution.watched(kernels):
