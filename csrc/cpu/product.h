@@ -194,24 +194,31 @@ void projection(Team& team, const A* expanded, i64 pixels, i64 pitch, const Conv
     const i64 depth = conv.in, half = first_half(depth), panels = panels_of(conv.out);
     if (half == depth) return product(team, matrix<A>(expanded, pixels, pitch, depth), conv, act, target);
     const Source<A> halves[2] = {matrix<A>(expanded, pixels, pitch, half), matrix<A>(expanded + half, pixels, pitch, depth - half)};
+    // Rows from `pixel` on of one panel, whose sums are those of both halves.
+    const auto finish_sum = [&](const float* first, const float* second, i64 panel, i64 pixel, i64 rows) {
+        const int width = panel_width(conv.out, panel);
+        const i64 column = panel * NW, at = pixel * target.pixel + column;
+        alignas(64) float c[MR * NW];
+        for (i64 i = 0; i < rows * width; i += VL) store(c + i, load(first + i) + load(second + i));
+        finish(act, c, rows, width, conv.bias + column, target.data + at, target.residual ? target.residual + at : nullptr, target.pixel,
+               smaller(width, target.columns - column));
+    };
     if (team.size == 1) {
         for (i64 panel = 0; panel < panels; ++panel) {
             const int width = panel_width(conv.out, panel);
-            const i64 column = panel * NW, columns = smaller(width, target.columns - column), tiles = divide_up(pixels, MR);
+            const i64 tiles = divide_up(pixels, MR);
             const A* weight = panel_of<A>(conv, panel);
             Prefetch prefetch = prefetch_panel<A>(conv, panel + 1);
             set_pace(prefetch, matrix<A>(expanded, pixels, pitch, depth).first, tiles);
             for (i64 tile = 0; tile < tiles; ++tile) {
-                alignas(64) float c[MR * NW], more[MR * NW];
-                const i64 pixel = tile * pixels / tiles, rows = (tile + 1) * pixels / tiles - pixel, at = pixel * target.pixel + column;
+                alignas(64) float c[2][MR * NW];
+                const i64 pixel = tile * pixels / tiles, rows = (tile + 1) * pixels / tiles - pixel;
                 for (int i = 0; i < 2; ++i) {
                     Rows<A> a = halves[i].first;
                     a.data += pixel * pitch;
-                    multiply<A>(int(rows), width, a, weight + i * half * width, i ? more : c, prefetch);
+                    multiply<A>(int(rows), width, a, weight + i * half * width, c[i], prefetch);
                 }
-                for (i64 i = 0; i < rows * width; i += VL) store(c + i, load(c + i) + load(more + i));
-                finish(act, c, rows, width, conv.bias + column, target.data + at, target.residual ? target.residual + at : nullptr, target.pixel,
-                       columns);
+                finish_sum(c[0], c[1], panel, pixel, rows);
             }
         }
         return;
@@ -243,15 +250,8 @@ void projection(Team& team, const A* expanded, i64 pixels, i64 pitch, const Conv
         const i64 begin = chunk * pixels / chunks, end = (chunk + 1) * pixels / chunks;
         for (i64 panel = 0; panel < panels; ++panel) {
             const int width = panel_width(conv.out, panel);
-            const i64 column = panel * NW, columns = smaller(width, target.columns - column);
-            for (i64 from = begin; from < end; from += MR) {
-                const i64 rows = smaller(MR, end - from), at = from * target.pixel + column;
-                alignas(64) float c[MR * NW];
-                const float *a = sums(0, panel) + from * width, *b = sums(1, panel) + from * width;
-                for (i64 i = 0; i < rows * width; i += VL) store(c + i, load(a + i) + load(b + i));
-                finish(act, c, rows, width, conv.bias + column, target.data + at, target.residual ? target.residual + at : nullptr, target.pixel,
-                       columns);
-            }
+            for (i64 from = begin; from < end; from += MR)
+                finish_sum(sums(0, panel) + from * width, sums(1, panel) + from * width, panel, from, smaller(MR, end - from));
         }
     });
 }
