@@ -20,7 +20,7 @@ from lowkernels import backends
 from lowkernels.backends.cpu import build
 from lowkernels.nn import ConvNormAct, FusedBlock, FusedMBConv, GroupNormMLP, Linear, chain_blocks, make_whole, unmake_whole
 from lowkernels.ops.activations import ACTIVATIONS, activate
-from lowkernels.testing import measure_error
+from lowkernels.testing import assert_within_budget
 
 from .blocks import randomize
 
@@ -100,14 +100,15 @@ def test_one_call_gives_what_the_modules_give(dtype: torch.dtype, batch: int, mo
         first = model(x)
         truth = exact(x.double())
         modules = model._call_impl(x)
+        with lowkernels.use_backend("eager"):
+            eager = model._call_impl(x)
         calls = _Calls(monkeypatch)
         for _ in range(2):
             assert torch.equal(model(x), first)
     assert calls.count == 0
     assert (first.shape, first.stride(), first.dtype) == (modules.shape, modules.stride(), dtype)
-    ours, theirs = measure_error(first, truth).frobenius, measure_error(modules, truth).frobenius
-    # Rounded in fewer places than the modules' results, never in more.
-    assert ours <= 1.5 * theirs + 2 * torch.finfo(dtype).eps, (ours, theirs)
+    # The longest sum is FusedMBConv's, over 3 x 3 x 8.
+    assert_within_budget(first, eager, truth, 72)
 
 
 def test_larger_batches_are_the_models_own() -> None:
@@ -120,21 +121,19 @@ def test_larger_batches_are_the_models_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 7, 16, 33, 1600, 9001])
 def test_functions_between_blocks(channels: int, dtype: torch.dtype) -> None:
-    """Each against float64, where PyTorch's own error is the measure."""
+    """Each against float64, within the error budget."""
     generator = torch.Generator().manual_seed(channels)
     rows = (torch.randn(3, channels, generator=generator, dtype=torch.float64) * 2 + 0.5).to(dtype)
     image = torch.randn(2, channels, 5, 3, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = (torch.randn(channels, generator=generator).to(dtype) for _ in range(2))
-    eps = torch.finfo(dtype).eps
+    terms = {"layer_norm": channels, "pool": 15}
 
     def check(name: str, x: Tensor, tensors: list[Tensor], numbers: list[int], reals: list[float], theirs: Any) -> None:
         chain = torch.classes.lowkernels_cpu.Chain()
         chain.add(name, [t.float() for t in tensors], numbers, reals)
         out, expected, truth = chain.run(x), theirs(x, *tensors), theirs(x.double(), *(t.double() for t in tensors))
         assert (out.shape, out.dtype) == (expected.shape, dtype)
-        scale = truth.abs().max()
-        allowed = 1.5 * (expected.double() - truth).abs().max() + 2 * eps * scale
-        assert (out.double() - truth).abs().max() <= allowed, name
+        assert_within_budget(out, expected, truth, terms.get(name, 1), name)
 
     check("layer_norm", rows, [weight, bias], [], [1e-5], lambda x, w, b: F.layer_norm(x, (channels,), w, b, 1e-5))
     check("pool", image, [], [], [], lambda x: F.adaptive_avg_pool2d(x, 1))
@@ -151,11 +150,7 @@ def test_many_equal_pixels(value: float, size: int) -> None:
     chain = torch.classes.lowkernels_cpu.Chain()
     chain.add("pool", [], [], [])
     x = torch.full((1, 20, size, size), value).contiguous(memory_format=torch.channels_last)
-    exact = x.double().mean((2, 3), keepdim=True)
-    allowed = (
-        1.5 * (F.adaptive_avg_pool2d(x, 1).double() - exact).abs().max() + 2 * torch.finfo(torch.float32).eps * exact.abs().max()
-    )
-    assert (chain.run(x).double() - exact).abs().max() <= allowed
+    assert_within_budget(chain.run(x), F.adaptive_avg_pool2d(x, 1), x.double().mean((2, 3), keepdim=True), size * size)
 
 
 def test_functions_refuse_what_they_are_not_made_for() -> None:
