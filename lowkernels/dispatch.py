@@ -51,6 +51,9 @@ class Kernel(Protocol):
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
         """Run the operator; the last argument is the list :meth:`pack` made, or None. ``x`` is NHWC in memory and not empty.
 
+        If the file has a function ``unpack(packed, weights)``, the inverse of :meth:`pack` as
+        :meth:`lowkernels.ops.operator.Operator.unpacks` describes it, blocks keep packed weights alone, and no plain ones.
+
         If the file has a function ``remark(x, *args)``, of the same arguments without ``packed``, what it returns, a part of a
         sentence or None, is added to the reason why the backend was chosen: that a faster kernel of its own is not used, and why.
 
