@@ -50,17 +50,25 @@ _PACKAGES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's arguments) and return its exit code.
 
-    0: done, and the demo's results agree; 1: they do not; 2: could not start.
+    0: done, and the demo's results agree; 1: they do not, or the output's reader has gone; 2: could not start; 130: interrupted.
     """
-    args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        try:
+            args = _parser().parse_args(argv)
+            code: int = args.run(args)
+        finally:
+            # Not sys.stdout.flush(): a process may have been started without one.
+            print(end="", flush=True)
     except LowkernelsError as error:
         print(f"lowkernels: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lowkernels: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough; without this Python complains when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code
 
 
