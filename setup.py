@@ -41,7 +41,7 @@ class BuildPy(build_py):
                 "install torch first and pass --no-build-isolation"
             )
         folder = Path(self.build_lib).resolve() / "lowkernels" / "backends" / backend
-        command = [sys.executable, "-m", f"lowkernels.backends.{backend}.build"]
+        command = [sys.executable, "-m", "lowkernels", "build", *(["--cuda"] if backend == "cuda" else [])]
         if not self.editable_mode:
             # Libraries of an earlier build would travel too.
             for stale in folder.glob("*.so"):

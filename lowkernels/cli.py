@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--cuda", action="store_true", help="the CUDA kernels (needs nvcc, no GPU) instead of the CPU kernels")
     build.add_argument("--output", metavar="FOLDER", help="put the library there instead of into the cache")
+    build.add_argument("--objects", metavar="FOLDER", help="with --output, where to keep object files (default: nowhere)")
     build.set_defaults(run=_build)
 
     tune = commands.add_parser(
@@ -183,6 +184,7 @@ def _build(args: argparse.Namespace) -> int:
     from .backends.cuda import build as cuda_build
 
     options = [] if args.output is None else ["--output", args.output]
+    options += [] if args.objects is None else ["--objects", args.objects]
     return cuda_build.main(options) if args.cuda else cpu_build.main(options)
 
 

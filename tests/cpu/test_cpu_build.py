@@ -14,6 +14,7 @@ import pytest
 from lowkernels.backends.cpu import build
 from lowkernels.backends.native import CACHE_VARIABLE
 
+ROOT = Path(__file__).parents[2]
 CODE = """
 import sys, torch, lowkernels
 from lowkernels.ops import OPERATORS
@@ -124,7 +125,7 @@ def test_two_processes_build_once(tmp_path: Path, native: None) -> None:
 def test_command_line_shows_its_steps_and_keeps_objects(tmp_path: Path, native: None) -> None:
     compiler = fake_compiler(tmp_path, "touch $out", f"cp {build.built()} $out")
     output, objects = tmp_path / "output", tmp_path / "objects"
-    command = [sys.executable, "-m", "lowkernels.backends.cpu.build", "--output", str(output), "--objects", str(objects)]
+    command = [sys.executable, "-m", "lowkernels", "build", "--output", str(output), "--objects", str(objects)]
     said = [
         subprocess.run(command, env={**os.environ, "CXX": compiler}, capture_output=True, text=True, check=True, timeout=200)
         for _ in range(2)
@@ -134,3 +135,18 @@ def test_command_line_shows_its_steps_and_keeps_objects(tmp_path: Path, native: 
     assert f"step {steps} of {steps}: library.so\n" in said[0].stderr
     assert "step" not in said[1].stderr, "there is nothing left to do"
     assert [path.name for path in output.iterdir()] == [build.library_name()]
+
+
+def test_a_build_of_the_package_brings_the_library_and_no_warning(tmp_path: Path, native: None) -> None:
+    compiler = fake_compiler(tmp_path, "touch $out", f"cp {build.built()} $out")
+    source = tmp_path / "source"
+    for folder in ("lowkernels", "lowformer", "csrc"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "setup.py", "build", "--build-lib", "lib", "--build-temp", "temp"]
+    environment = {**os.environ, "CXX": compiler, "LOWKERNELS_BUILD_CPU": "1"}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (source / "lib/lowkernels/backends/cpu" / build.library_name()).is_file()
+    assert "RuntimeWarning" not in done.stderr

@@ -2,9 +2,9 @@
 
 They are compiled once for each version of the sources and of torch, with the user's g++ and ninja, into a cache directory. That
 happens the first time an operator asks for them (about half a minute on two cores, announced by one line of the
-``lowkernels`` logger), never at import. ``python -m lowkernels.backends.cpu.build`` does it ahead of time; with ``--output`` it
-puts the library into a folder, and this one (``lowkernels/backends/cpu``) is looked into before the cache. Every instruction set
-of the machine's architecture is compiled; the best one is chosen when the library is loaded.
+``lowkernels`` logger), never at import. ``lowkernels build`` does it ahead of time; with ``--output`` it puts the library into a
+folder, and this one (``lowkernels/backends/cpu``) is looked into before the cache. Every instruction set of the machine's
+architecture is compiled; the best one is chosen when the library is loaded.
 
 Environment variables: those of :mod:`lowkernels.backends.native`; ``CXX``, the compiler (default: ``g++``);
 ``LOWKERNELS_CPU_ISA``, one of :data:`INSTRUCTION_SETS` instead of the best one.
@@ -175,8 +175,8 @@ def _load() -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: build ahead of time."""
-    parser = argparse.ArgumentParser(prog="python -m lowkernels.backends.cpu.build", description="Build the native CPU kernels.")
+    """``lowkernels build``: build ahead of time."""
+    parser = argparse.ArgumentParser(prog="lowkernels build", description="Build the native CPU kernels.")
     parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
     parser.add_argument("--objects", type=Path, help="with --output, folder to keep object files in (default: none)")
     asked = parser.parse_args(arguments)
@@ -192,7 +192,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(path)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
