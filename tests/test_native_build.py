@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,64 @@ def test_what_objects_depend_on_has_a_folder_of_its_own(toy: Toy) -> None:
     assert sorted(toy.build(depends_on=("-O1", "2.10"))) == sorted(ALL)
     assert sorted(toy.build(depends_on=("-O1", "2.11"))) == sorted(ALL)
     assert toy.build(depends_on=("-O1", "2.10")) == []
+
+
+def folders(toy: Toy) -> list[str]:
+    return sorted(path.name for path in toy.objects.iterdir())
+
+
+def test_folders_used_long_ago_are_removed(toy: Toy) -> None:
+    for number in range(native.FOLDERS_KEPT):
+        toy.build(depends_on=number)
+    assert toy.build(depends_on=0) == []
+    others = ["other-0123456789abcdef0123", "toy-notes", ".removed-toy-0123456789abcdef0123-1"]
+    for name in others:
+        (toy.objects / name).mkdir()
+    for number in range(native.FOLDERS_KEPT, native.FOLDERS_KEPT + 2):
+        toy.build(depends_on=number)
+    assert len(folders(toy)) == native.FOLDERS_KEPT + 2
+    assert set(others[:2]) <= set(folders(toy))
+    for number in (0, *range(3, native.FOLDERS_KEPT + 2)):
+        assert toy.build(depends_on=number) == [], "is still there"
+    assert sorted(toy.build(depends_on=1)) == sorted(ALL), "was removed"
+
+
+def test_folders_in_use_are_not_removed(toy: Toy) -> None:
+    toy.build(depends_on="in use")
+    (name,) = folders(toy)
+    with native._locked(toy.objects / name / ".lock"):
+        for number in range(native.FOLDERS_KEPT + 1):
+            toy.build(depends_on=number)
+        assert name in folders(toy)
+    toy.build(depends_on=number)
+    assert name not in folders(toy)
+    assert len(folders(toy)) == native.FOLDERS_KEPT
+
+
+def test_who_waited_for_a_folder_that_was_removed_has_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / ".lock"
+    waiting, done = threading.Event(), threading.Event()
+    locked = []
+
+    def wait() -> None:
+        waiting.set()
+        with native._locked(path) as lock:
+            locked.append(os.path.samestat(os.fstat(lock), path.stat()))
+            done.wait()
+
+    thread = threading.Thread(target=wait)
+    with native._locked(path):
+        thread.start()
+        waiting.wait()
+        time.sleep(0.3)  # in which it comes to wait
+        assert not locked
+        path.parent.rename(tmp_path / "removed")
+    wait_for(lambda: bool(locked) or not thread.is_alive())
+    with pytest.raises(BlockingIOError), native._locked(path, wait=False):
+        pass
+    done.set()
+    thread.join()
+    assert locked == [True]
 
 
 def test_other_flags_make_all_again(toy: Toy, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A build folder keeps a copy of the sources, the object files, and what ninja knows of both. It is named after everything that object
 files depend on besides the sources: flags, the compilers, PyTorch, the processor. A copied file changes when its content does,
-whatever the time of the original says, so that ninja makes again what depends on it, and nothing else.
+whatever the time of the original says, so that ninja makes again what depends on it, and nothing else. Of each backend the
+:data:`FOLDERS_KEPT` folders used last stay; what is older is removed after a build, unless somebody builds in it.
 
 Environment variables: ``LOWKERNELS_CACHE_DIR``, the directory of the cache (default: ``$XDG_CACHE_HOME/lowkernels`` or
 ``~/.cache/lowkernels``); ``LOWKERNELS_JIT=0``, never compile on first use, only use what is built; ``MAX_JOBS``, how many compilers
@@ -32,6 +33,11 @@ CACHE_VARIABLE = "LOWKERNELS_CACHE_DIR"
 JIT_VARIABLE = "LOWKERNELS_JIT"
 JOBS_VARIABLE = "MAX_JOBS"
 NO_NINJA = "there is no ninja: it is neither installed (pip install ninja) nor on PATH"
+
+# Build folders of one backend that stay: each is of another compiler, PyTorch or set of flags.
+FOLDERS_KEPT = 4
+# What a build folder is renamed to before it is removed, so that it is gone at once.
+_REMOVED = ".removed-"
 
 # Lines of a failed build that a BuildError quotes: the first error is what matters.
 _QUOTED_LINES = 40
@@ -143,6 +149,7 @@ def build_library(
         units: what to compile.
         link: what to make of that.
         objects: the folder whose folders keep object files, so that the next build only makes what has changed; None: not kept.
+            All but the :data:`FOLDERS_KEPT` of them that builds of ``sources.name`` used last are removed.
         depends_on: what object files depend on besides the sources and the files they include; its ``repr`` has to tell all.
 
     Returns:
@@ -161,25 +168,57 @@ def build_library(
             if objects is None:
                 objects = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-")))
             folder = objects.absolute() / name
-            folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(_locked(folder / ".lock"))
             _stage(sources, folder / "csrc" / sources.name)
             (folder / "build.ninja").write_text(_graph(f"csrc/{sources.name}", units, link), encoding="utf-8")
             said = _run_ninja(path, folder, lock)
             _publish(folder / "library.so", output)
+            _prune(folder)
     except OSError as error:
         raise BuildError(f"{output} could not be built: {error}") from error
     return said
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Within it, nobody else has this lock; the descriptor of its file, which whoever inherits it keeps locked."""
+def _locked(path: Path, wait: bool = True) -> Iterator[int]:
+    """Within it, nobody else has this lock; the descriptor of its file, which whoever inherits it keeps locked.
+
+    Raises:
+        BlockingIOError: somebody has it, and this is not to ``wait``.
+    """
     import fcntl  # not on every platform; those without it have no kernels either
 
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                lock = stack.enter_context(open(path, "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                # Meanwhile its folder may have been removed, and somebody else have locked a new file in a new one.
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    break
+            stack.close()
         yield lock.fileno()
+
+
+def _prune(used: Path) -> None:
+    """Remove the build folders of the same backend beside ``used`` that were used the longest ago, but for those in use."""
+
+    def last_use(folder: Path) -> int:
+        with contextlib.suppress(OSError):  # every build writes it
+            return (folder / "build.ninja").stat().st_mtime_ns
+        return 0
+
+    backend = used.name.rpartition("-")[0]
+    others = [path for path in used.parent.iterdir() if re.fullmatch(rf"{re.escape(backend)}-[0-9a-f]{{20}}", path.name)]
+    others.remove(used)
+    for folder in sorted(others, key=last_use, reverse=True)[FOLDERS_KEPT - 1 :]:
+        # Its user has the lock; somebody may also have removed it already.
+        with contextlib.suppress(OSError), _locked(folder / ".lock", wait=False):
+            folder.rename(folder.with_name(f"{_REMOVED}{folder.name}-{os.getpid()}"))
+    # Those of processes that were killed here, too.
+    for path in used.parent.glob(f"{_REMOVED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _stage(sources: Path, folder: Path) -> None:
