@@ -42,7 +42,7 @@ struct ConvAct {
 struct MBConv {
     Geometry g;
     int expanded;  // channels; weights are of whole chunks
-    const void *x, *expand;
+    const void *x, *expand;  // of Hopper's kernel `expand` has the slabs of both products, and project is null
     const float *expand_bias, *dw, *dw_bias;  // expand_bias: [expanded]
     const void* project;
     const float* project_bias;
@@ -93,9 +93,11 @@ int lowkernels_separable_conv(const SeparableConv& p, Dtype dtype, int config, v
 int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream);
 int lowkernels_fused_mbconv(const ExpandProject& p, Dtype dtype, int config, void* stream);
 int lowkernels_gn_mlp(const ExpandProject& p, Dtype dtype, int config, void* stream);
-// For compute capability 9.0. Of two products `expand` has the slabs of both, `project` is null, of whole chunks of 128 expanded channels.
+// For compute capability 9.0. Of two products `expand` has the slabs of both, `project` is null, of whole chunks of 128 expanded channels
+// (mbconv: 64).
 int lowkernels_conv_act_sm90(const ConvAct& p, Dtype dtype, int config, void* stream);
 int lowkernels_fused_mbconv_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
+int lowkernels_mbconv_sm90(const MBConv& p, Dtype dtype, int config, void* stream);
 int lowkernels_gn_mlp_sm90(const ExpandProject& p, Dtype dtype, int config, void* stream);
 // Its shape follows from its arguments; the configuration is not looked at.
 int lowkernels_lowtention(const Lowtention& p, Dtype dtype, int config, void* stream);

@@ -210,26 +210,44 @@ void conv_act_sm90(Tensor x, Tensor slabs, Tensor bias, std::vector<Tensor> resi
     call.check(lk::lowkernels_conv_act_sm90(p, call.dtype(), static_cast<int>(config), call.stream()));
 }
 
-void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, Tensor out,
-            int64_t kernel, int64_t stride, int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
-    const Call call("lowkernels_cuda::mbconv", x);
+// All of mbconv but the weights of its products.
+lk::MBConv bottleneck(const Call& call, const Tensor& x, const Tensor& expand_bias, const Tensor& dw, const Tensor& dw_bias, const Tensor& project_bias,
+                      const Tensor& out, int64_t kernel, int64_t stride, int64_t padding, int64_t act, bool residual, const std::vector<int64_t>& tile) {
     lk::MBConv p{};
     p.g = geometry(x, out, kernel, stride, padding, tile);
-    const int64_t depth = rounded_up(p.g.c, 16), columns = rounded_up(p.g.co, kGroup), hidden = expand_bias.numel();
+    const int64_t hidden = expand_bias.numel(), expanded = rounded_up(hidden, kChunk);
     STD_TORCH_CHECK(hidden % 4 == 0, "lowkernels_cuda::mbconv: argument expand_bias: has ", hidden, " elements; allowed are multiples of 4");
-    const int64_t expanded = rounded_up(hidden, kChunk);
     p.expanded = static_cast<int>(hidden);
     p.x = call.image(x, "x");
-    p.expand = call.weights(expand, "expand", depth * expanded);
     p.expand_bias = call.floats(expand_bias, "expand_bias", hidden);
     p.dw = call.floats(dw, "dw", kernel * kernel * expanded);
     p.dw_bias = call.floats(dw_bias, "dw_bias", expanded);
-    p.project = call.weights(project, "project", expanded * columns);
-    p.project_bias = call.floats(project_bias, "project_bias", columns);
+    p.project_bias = call.floats(project_bias, "project_bias", rounded_up(p.g.co, kGroup));
     p.out = call.output(out);
     check_residual(p.g, residual);
     p.act = static_cast<int>(act), p.residual = residual;
+    return p;
+}
+
+void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, Tensor out,
+            int64_t kernel, int64_t stride, int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::mbconv", x);
+    lk::MBConv p = bottleneck(call, x, expand_bias, dw, dw_bias, project_bias, out, kernel, stride, padding, act, residual, tile);
+    const int64_t expanded = rounded_up(p.expanded, kChunk);
+    p.expand = call.weights(expand, "expand", rounded_up(p.g.c, 16) * expanded);
+    p.project = call.weights(project, "project", expanded * rounded_up(p.g.co, kGroup));
     call.check(lk::lowkernels_mbconv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
+}
+
+void mbconv_sm90(Tensor x, Tensor slabs, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project_bias, Tensor out, int64_t kernel, int64_t stride,
+                 int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
+    const Call call("lowkernels_cuda::mbconv_sm90", x);
+    lk::MBConv p = bottleneck(call, x, expand_bias, dw, dw_bias, project_bias, out, kernel, stride, padding, act, residual, tile);
+    // For each two slabs' columns of the output both products' slabs, the expansion's of half as many columns and twice the depth.
+    const int64_t columns = 2 * kSlabColumns, ctas = rounded_up(p.g.co, columns) / columns;
+    const int64_t elements = rounded_up(p.expanded, kChunk) * (rounded_up(p.g.c, 2 * kSlabDepth) + columns);
+    p.expand = call.weights(slabs, "slabs", ctas * elements);
+    call.check(lk::lowkernels_mbconv_sm90(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
 }
 
 // What fused_mbconv and gn_mlp have in common.
@@ -380,5 +398,6 @@ STABLE_TORCH_LIBRARY_IMPL(lowkernels_cuda, LOWKERNELS_KEY, m) {
     m.impl("conv_act_sm90", TORCH_BOX(&conv_act_sm90));
     m.impl("fused_mbconv_sm90", TORCH_BOX(&fused_mbconv_sm90));
     m.impl("gn_mlp_sm90", TORCH_BOX(&gn_mlp_sm90));
+    m.impl("mbconv_sm90", TORCH_BOX(&mbconv_sm90));
     m.impl("lowtention", TORCH_BOX(&lowtention));
 }

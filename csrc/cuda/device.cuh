@@ -58,6 +58,9 @@ LK_DEVICE void block_sync() { __syncthreads(); }
 LK_DEVICE void warp_sync() { __syncwarp(); }
 LK_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
+// What follows from `value` is computed anew rather than kept in registers since an earlier time.
+LK_DEVICE void recompute(int& value) { asm volatile("" : "+r"(value)); }
+
 // Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8, 16 bytes each.
 LK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -115,32 +118,49 @@ LK_DEVICE void wgmma_settle(float (&d)[N][4]) {
 // What this thread has written to shared memory is ordered before what the warpgroup products after the next barrier read of it.
 LK_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The accumulators d[64 x 8 J] (+)= a[64 x 16] b[16 x 8 J], under way until the wait: neither `d` nor `a` may be touched before. Warp w
-// of the group has rows 16 w to 16 w + 15, of `a` as of d[j], as mma has them. `b` describes its matrix in shared memory, K-major.
+// The accumulators d[64 x 8 J] (+)= a[64 x 16] b[16 x 8 J], under way until the wait: neither `d` nor what `a` and `b` say may be touched
+// before. Warp w of the group has rows 16 w to 16 w + 15 of d[j] as mma has them; of `a` too where it is in registers. Where it is
+// not, and always for `b`, it describes a matrix in shared memory, K-major.
 #define LK_FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define LK_WGMMA_N64(type) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
-                 "%25, %26, %27, %28, %29, %30, %31}, " \
-                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}" \
-                 : LK_FOUR(0), LK_FOUR(1), LK_FOUR(2), LK_FOUR(3), LK_FOUR(4), LK_FOUR(5), LK_FOUR(6), LK_FOUR(7) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
-#define LK_WGMMA_N128(type) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
-                 "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}" \
-                 : LK_FOUR(0), LK_FOUR(1), LK_FOUR(2), LK_FOUR(3), LK_FOUR(4), LK_FOUR(5), LK_FOUR(6), LK_FOUR(7), \
-                   LK_FOUR(8), LK_FOUR(9), LK_FOUR(10), LK_FOUR(11), LK_FOUR(12), LK_FOUR(13), LK_FOUR(14), LK_FOUR(15) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
-
-LK_DEVICE void wgmma(half_t, float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N64("f16"); }
-LK_DEVICE void wgmma(bf16_t, float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N64("bf16"); }
-LK_DEVICE void wgmma(half_t, float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N128("f16"); }
-LK_DEVICE void wgmma(bf16_t, float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { LK_WGMMA_N128("bf16"); }
-#undef LK_WGMMA_N64
-#undef LK_WGMMA_N128
+#define LK_SUMS_64 LK_FOUR(0), LK_FOUR(1), LK_FOUR(2), LK_FOUR(3), LK_FOUR(4), LK_FOUR(5), LK_FOUR(6), LK_FOUR(7)
+#define LK_SUMS_128 \
+    LK_SUMS_64, LK_FOUR(8), LK_FOUR(9), LK_FOUR(10), LK_FOUR(11), LK_FOUR(12), LK_FOUR(13), LK_FOUR(14), LK_FOUR(15)
+#define LK_NUMBERS_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
+    "%27, %28, %29, %30, %31"
+#define LK_NUMBERS_128 \
+    LK_NUMBERS_64 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, " \
+    "%57, %58, %59, %60, %61, %62, %63"
+// `from` says where the operands are and `number` the predicate's operand; the last flags are for transposed matrices in shared memory.
+#define LK_WGMMA(columns, type, from, number, flags, ...) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " number ", 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
+                 " {" LK_NUMBERS_##columns "}, " from ", p, 1, 1, " flags ";}" \
+                 : LK_SUMS_##columns \
+                 : __VA_ARGS__, "l"(b), "r"(static_cast<int>(accumulate)))
+#define LK_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define LK_WGMMA_OF(t, type) \
+    LK_DEVICE void wgmma(t, float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
+        LK_WGMMA(64, type, "{%32, %33, %34, %35}, %36", "%37", "0", LK_REGISTERS); \
+    } \
+    LK_DEVICE void wgmma(t, float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
+        LK_WGMMA(128, type, "{%64, %65, %66, %67}, %68", "%69", "0", LK_REGISTERS); \
+    } \
+    LK_DEVICE void wgmma(t, float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) { \
+        LK_WGMMA(64, type, "%32, %33", "%34", "0, 0", "l"(a)); \
+    } \
+    LK_DEVICE void wgmma(t, float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) { \
+        LK_WGMMA(128, type, "%64, %65", "%66", "0, 0", "l"(a)); \
+    }
+LK_WGMMA_OF(half_t, "f16")
+LK_WGMMA_OF(bf16_t, "bf16")
+#undef LK_WGMMA_OF
+#undef LK_REGISTERS
+#undef LK_WGMMA
+#undef LK_NUMBERS_128
+#undef LK_NUMBERS_64
+#undef LK_SUMS_128
+#undef LK_SUMS_64
 #undef LK_FOUR
 
 // Copies BYTES from global to shared memory, or fills with zeros without reading where `valid` is false.

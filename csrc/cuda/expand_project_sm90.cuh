@@ -36,50 +36,6 @@ struct WideChain {
 // Of the expanded channels, what the first product makes at a time.
 constexpr int kWideChunk = kSlabColumns, kWideSlabs = kWideChunk / kSlabDepth;
 
-// The ring of slabs, C::kStages of them, for the warpgroups of a CTA.
-template <typename C>
-struct Slabs {
-    // Under way: one is read, and products on the one before may be.
-    static constexpr int kAhead = C::kStages - 2;
-
-    const Bits8* from;
-    int left;  // to be copied
-    unsigned char* ring;
-    int copied = 0, used = 0;
-
-    LK_DEVICE Slabs(const Bits8* slabs, int count, unsigned char* to) : from(slabs), left(count), ring(to) {
-#pragma unroll
-        for (int i = 0; i < kAhead; i++) copy();
-    }
-
-    // Starts the next slab's copies, a group of cp.async even if there are none.
-    LK_DEVICE void copy() {
-        if (left > 0) {
-            Bits8* to = reinterpret_cast<Bits8*>(ring + copied * kSlabBytes);
-#pragma unroll
-            for (int i = 0; i < (kSlabUnits + C::kThreads - 1) / C::kThreads; i++) {
-                const int unit = i * C::kThreads + thread_index();
-                if (kSlabUnits % C::kThreads == 0 || unit < kSlabUnits) cp_async<16>(to + unit, from + unit, true);
-            }
-            from += kSlabUnits;
-            left--;
-            copied = copied + 1 == C::kStages ? 0 : copied + 1;
-        }
-        cp_async_commit();
-    }
-
-    // The next slab's shared address. At most one product of this warpgroup may be under way, and none on a slab before the last.
-    LK_DEVICE uint32_t next() {
-        cp_async_wait<kAhead - 1>();
-        fence_proxy_async();
-        block_sync();  // the slab has landed for every warpgroup, and nobody reads the one before the last
-        copy();
-        const uint32_t at = shared_address(ring + used * kSlabBytes);
-        used = used + 1 == C::kStages ? 0 : used + 1;
-        return at;
-    }
-};
-
 // 16 rows of a warp as first operands: the window under them, at the shifted address of each step's tap.
 struct WindowRows {
     const int* taps;
@@ -169,42 +125,16 @@ struct WideProducts {
         for (int i = 0; i < 4; i++) b[i] = live ? pack2(T{}, v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]) : 0;
     }
 
-    // Bias and residual; then the CTA's pixels go out, 32 bytes of neighbouring channels at a time.
     LK_DEVICE void store(const Task& t, const Pixels& pixels) {
         const ExpandProject& p = t.p;
+        int64_t at[2];
 #pragma unroll
-        for (int part = 0; part < C::kParts; part++) {
-            const int first = part * C::kPartColumns + lane_index() % 4 * 4;
-            if (first >= p.g.co) continue;
-            // Loads are not made to wait for each other: beyond the last column they read the first one again.
-            auto column = [&](int group) { return first + group * kGroup < p.g.co ? first + group * kGroup : first; };
-            constexpr int groups = C::kPartColumns / kGroup;
-            Float4 bias[groups];
-#pragma unroll
-            for (int group = 0; group < groups; group++) bias[group] = load4(p.project_bias + column(group));
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const Pixels::Pixel pixel = pixels.at(t, warp_index() * 16 + half * 8 + lane_index() / 4);
-                if (!pixel.live) continue;
-                const int64_t at = ((pixels.first + pixel.row) * p.g.wo + pixel.x) * p.g.co;
-                Bits4 residual[groups] = {};
-                if (p.residual) {
-                    const T* x = static_cast<const T*>(p.x) + at;
-#pragma unroll
-                    for (int group = 0; group < groups; group++) residual[group] = *reinterpret_cast<const Bits4*>(x + column(group));
-                }
-#pragma unroll
-                for (int group = 0; group < groups; group++) {
-                    if (first + group * kGroup >= p.g.co) continue;
-                    const float* low = out[part][2 * group] + 2 * half;
-                    const float* high = out[part][2 * group + 1] + 2 * half;
-                    const Bits4 r = residual[group];
-                    const float v[4] = {low[0] + bias[group].v[0] + unpack_low(T{}, r.low), low[1] + bias[group].v[1] + unpack_high(T{}, r.low),
-                                        high[0] + bias[group].v[2] + unpack_low(T{}, r.high), high[1] + bias[group].v[3] + unpack_high(T{}, r.high)};
-                    store4(static_cast<T*>(p.out) + at + first + group * kGroup, v);
-                }
-            }
+        for (int half = 0; half < 2; half++) {
+            const Pixels::Pixel pixel = pixels.at(t, warp_index() * 16 + half * 8 + lane_index() / 4);
+            at[half] = pixel.live ? ((pixels.first + pixel.row) * p.g.wo + pixel.x) * p.g.co : -1;
         }
+        store_rows<T>(out, lane_index() % 4 * 4, p.g.co, p.project_bias, p.residual ? static_cast<const T*>(p.x) : nullptr,
+                      static_cast<T*>(p.out), at);
     }
 };
 

@@ -10,40 +10,14 @@
 //   from L2        X once, and the residual; all projection weights once a CTA (four times up to 32 columns), expansion weights up
 //                  to 2 * ceil(r / 96) times, the depthwise weights once a warp; LowFormer-B1's 7x7x256, two images a CTA, L1
 //                  keeping all to nothing: 554 to 1217 KB an image
-#include "window.cuh"
+#include "mbconv.cuh"
 
 namespace lowkernels {
 namespace {
 
-template <typename T>
-struct Kept;
-template <>
-struct Kept<half_t> {
-    using type = half_t;
-};
-template <>
-struct Kept<bf16_t> {
-    using type = float;
-};
-
 constexpr int kChunkGroups = kChunk / kGroup;
 constexpr int kExpandWarps = kWarps / kChunkGroups;  // along the rows
 constexpr int kExpandTiles = 3;                      // of a warp at a time; a fourth spills
-
-// The part of the window that lies in the image: the rows of X are its pixels.
-struct Inside {
-    int y, x, h, w;
-};
-
-LK_DEVICE Inside inside_of(const Geometry& g, const Place& p) {
-    Inside in;
-    in.y = p.window_y > 0 ? p.window_y : 0;
-    in.x = p.window_x > 0 ? p.window_x : 0;
-    const int end_y = p.window_y + p.window_h, end_x = p.window_x + p.window_w;
-    in.h = (end_y < g.h ? end_y : g.h) - in.y;
-    in.w = (end_x < g.w ? end_x : g.w) - in.x;
-    return in;
-}
 
 LK_DEVICE int rounded_up(int a, int b) { return ceil_div(a, b) * b; }
 

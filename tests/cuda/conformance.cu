@@ -90,19 +90,20 @@ wrapper(Params p) {
     for (int i = 0; i < kOut; i++) p.out[lane * kOut + i] = result[i];
 }
 
-// acc[64 x COLUMNS] + a[64 x 64] b[64 x COLUMNS]. in: b as it lies in shared memory, a's registers of four steps of depth 16 by thread,
-// the accumulators by thread. out: the accumulators.
-template <typename T, int COLUMNS, Swizzle SWIZZLE>
+// acc[64 x COLUMNS] + a[64 x 64] b[64 x COLUMNS]. in: b as it lies in shared memory; a's registers of four steps of depth 16 by thread,
+// or with SHARED a as it lies there, swizzled as b; the accumulators by thread. out: the accumulators.
+template <typename T, int COLUMNS, Swizzle SWIZZLE, bool SHARED>
 LK_KERNEL(kWarpgroup, 1)
 warpgroup_product(Params p) {
     if constexpr (kWarpgroupProducts) {
-        constexpr int bytes = COLUMNS * 128, sums = COLUMNS / 2;
+        constexpr int bytes = COLUMNS * 128, sums = COLUMNS / 2, copied = bytes + (SHARED ? 64 * 128 : 0);
         unsigned char* b = dynamic_shared() + 1024;
-        for (int i = thread_index() * 16; i < bytes; i += kWarpgroup * 16) cp_async<16>(b + i, p.in + i / 4, true);
+        for (int i = thread_index() * 16; i < copied; i += kWarpgroup * 16) cp_async<16>(b + i, p.in + i / 4, true);
         cp_async_commit();
         const uint32_t* words = p.in + bytes / 4 + thread_index() * 16;
         uint32_t a[4][4];
-        for (int i = 0; i < 16; i++) a[i / 4][i % 4] = words[i];
+        if (!SHARED)
+            for (int i = 0; i < 16; i++) a[i / 4][i % 4] = words[i];
         const uint32_t* initial = p.in + bytes / 4 + kWarpgroup * 16 + thread_index() * sums;
         float d[COLUMNS / 8][4];
         for (int i = 0; i < sums; i++) d[i / 4][i % 4] = float_of(initial[i]);
@@ -116,7 +117,11 @@ warpgroup_product(Params p) {
 #pragma unroll
         for (int step = 0; step < 4; step++) {
             const uint32_t start = at + step / steps * (COLUMNS / 8 * eight) + step % steps * 32;
-            wgmma(T{}, d, a[step], matrix_descriptor(start, eight, 128, SWIZZLE), true);
+            const uint64_t second = matrix_descriptor(start, eight, 128, SWIZZLE);
+            if constexpr (SHARED)
+                wgmma(T{}, d, matrix_descriptor(at + bytes + step / steps * (8 * eight) + step % steps * 32, eight, 128, SWIZZLE), second, true);
+            else
+                wgmma(T{}, d, a[step], second, true);
             if (step % 2) wgmma_commit();
         }
         wgmma_wait<1>();
@@ -128,9 +133,9 @@ warpgroup_product(Params p) {
     }
 }
 
-template <typename T, int COLUMNS, Swizzle SWIZZLE>
+template <typename T, int COLUMNS, Swizzle SWIZZLE, bool SHARED = false>
 int launch_product(const Params& p) {
-    return launch(warpgroup_product<T, COLUMNS, SWIZZLE>, {1, 1}, kWarpgroup, 1024 + COLUMNS * 128, nullptr, p);
+    return launch(warpgroup_product<T, COLUMNS, SWIZZLE, SHARED>, {1, 1}, kWarpgroup, 1024 + (COLUMNS + 64 * SHARED) * 128, nullptr, p);
 }
 
 int run(int what, const Params& p) {
@@ -152,6 +157,11 @@ int run(int what, const Params& p) {
         case 13: return launch_product<half_t, 64, kSwizzle64>(p);
         case 14: return launch_product<half_t, 64, kSwizzle32>(p);
         case 15: return launch_product<half_t, 64, kNoSwizzle>(p);
+        case 16: return launch_product<half_t, 64, kSwizzle128, true>(p);
+        case 17: return launch_product<bf16_t, 64, kSwizzle128, true>(p);
+        case 18: return launch_product<half_t, 128, kSwizzle128, true>(p);
+        case 19: return launch_product<bf16_t, 128, kSwizzle128, true>(p);
+        case 20: return launch_product<half_t, 64, kSwizzle64, true>(p);
         default: return -1;
     }
 }

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tests.cuda import execution
 
 WRAPPERS = ("ldmatrix", "ldmatrix_transposed", "mma_fp16", "mma_bf16", "cp_async", "fp16", "bf16", "shuffle", "functions")
-# Number, dtype, columns and bytes of the swizzle (16: none).
+# Number, dtype, columns, bytes of the swizzle (16: none); from SHARED on the first operand lies in shared memory too.
+SHARED = 16
 PRODUCTS = {
     9: (torch.float16, 64, 128),
     10: (torch.bfloat16, 64, 128),
@@ -23,6 +24,11 @@ PRODUCTS = {
     13: (torch.float16, 64, 64),
     14: (torch.float16, 64, 32),
     15: (torch.float16, 64, 16),
+    16: (torch.float16, 64, 128),
+    17: (torch.bfloat16, 64, 128),
+    18: (torch.float16, 128, 128),
+    19: (torch.bfloat16, 128, 128),
+    20: (torch.float16, 64, 64),
 }
 # Movements and conversions are exact; products and functions only up to the order of sums and the last bits.
 ROUNDED = {"mma_fp16": 2.0**-20, "mma_bf16": 2.0**-20, "functions": 2.0**-20}
@@ -138,24 +144,33 @@ def product_inputs(number: int, seed: int = 0) -> tuple[Words, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (64, columns))
     c = torch.randn(64, columns, generator=generator)
-    # b as it lies in shared memory: matrices as deep as a row is long, 16 at least, of eight columns after eight columns.
-    n, k = np.meshgrid(np.arange(columns), np.arange(64), indexing="ij")
+    thread = np.arange(128)
+    row, column = (thread // 32 * 16 + thread % 32 // 4)[:, None], (thread % 4 * 2)[:, None]
+    step, register, half = (i.reshape(1, -1) for i in np.indices((4, 4, 2)))
+    registers = a.view(torch.int16).numpy()[row + register % 2 * 8, step * 16 + column + register // 2 * 8 + half]
+    rows, columns_of = accumulator_places(columns)
+    first = stored(a, swizzle) if number >= SHARED else registers
+    words = [
+        np.ascontiguousarray(part).view(np.uint32).ravel() for part in (stored(b, swizzle), first, c.numpy()[rows, columns_of])
+    ]
+    return np.concatenate(words), c.double() + a.double() @ b.double().t()
+
+
+def stored(matrix: torch.Tensor, swizzle: int) -> NDArray[np.int16]:
+    """An operand [rows, 64] as it lies in shared memory: matrices as deep as a row is long, 16 at least, of eight rows after eight
+    rows."""
+    count = matrix.shape[0]
+    n, k = np.meshgrid(np.arange(count), np.arange(64), indexing="ij")
     depth = max(16, swizzle // 2)
     unit, eight = k % depth // 8, 8 * depth * 2
     if swizzle == 16:
         within = unit * 128 + n % 8 * 16
     else:
         within = n % 8 * swizzle + (unit ^ n % 8 * swizzle // 128) * 16
-    at = k // depth * (columns // 8 * eight) + n // 8 * eight + within + k % 8 * 2
-    stored = np.zeros(columns * 64, dtype=np.int16)
-    stored[at // 2] = b.view(torch.int16).numpy()
-    thread = np.arange(128)
-    row, column = (thread // 32 * 16 + thread % 32 // 4)[:, None], (thread % 4 * 2)[:, None]
-    step, register, half = (i.reshape(1, -1) for i in np.indices((4, 4, 2)))
-    registers = a.view(torch.int16).numpy()[row + register % 2 * 8, step * 16 + column + register // 2 * 8 + half]
-    rows, columns_of = accumulator_places(columns)
-    words = [np.ascontiguousarray(part).view(np.uint32).ravel() for part in (stored, registers, c.numpy()[rows, columns_of])]
-    return np.concatenate(words), c.double() + a.double() @ b.double().t()
+    at = k // depth * (count // 8 * eight) + n // 8 * eight + within + k % 8 * 2
+    out = np.zeros(count * 64, dtype=np.int16)
+    out[at // 2] = matrix.view(torch.int16).numpy()
+    return out
 
 
 def accumulator_places(columns: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

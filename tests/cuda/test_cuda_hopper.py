@@ -14,14 +14,15 @@ import torch
 
 import lowkernels
 from lowkernels.backends import cuda
-from lowkernels.backends.cuda import chains, hopper, hopper_conv, launch, tiling
+from lowkernels.backends.cuda import chains, hopper, hopper_conv, hopper_mbconv, launch, tiling
 from lowkernels.choosing import settings
 from lowkernels.ops import OPERATORS
 from lowkernels.ops.conv_act import cuda as conv_act
+from lowkernels.ops.mbconv import cuda as mbconv
 from lowkernels.testing import check_call, random_call
 from tests.cuda import cases, execution
 
-OPERATORS_SERVED = ("conv_act", "fused_mbconv", "gn_mlp")
+OPERATORS_SERVED = ("conv_act", "fused_mbconv", "gn_mlp", "mbconv")
 NAMES = tuple(f"{name}_sm90" for name in OPERATORS_SERVED)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 H200 = tiling.Device(227 * 1024, 228 * 1024, 132)
@@ -53,15 +54,22 @@ SHAPES: list[tuple[str, int, dict[str, Any]]] = [
     ("conv_act", 1, {"channels": 256, "out_channels": 256, "height": 7, "width": 7, "kernel_size": 1, "pool": True, "batch": 3}),
     ("conv_act", 0, {"channels": 72, "out_channels": 132, "height": 5, "width": 6, "pool": True, "residual": True, "batch": 7}),
     ("conv_act", 0, {"channels": 12, "out_channels": 20, "height": 13, "width": 14, "pool": True, "batch": 2, "act": "none"}),
+    # Two images a CTA; parts of an image; several CTAs for the columns; segments of one to eight outputs.
+    ("mbconv", 0, {"channels": 256, "hidden": 192, "height": 7, "width": 7, "batch": 3}),
+    ("mbconv", 1, {"channels": 132, "hidden": 68, "out_channels": 260, "height": 9, "width": 11, "batch": 2}),
+    ("mbconv", 0, {"channels": 160, "hidden": 132, "height": 14, "width": 14, "batch": 1, "act": "gelu"}),
+    ("mbconv", 1, {"channels": 200, "hidden": 64, "out_channels": 36, "height": 10, "width": 18, "padding": 0, "batch": 2}),
+    ("mbconv", 0, {"channels": 136, "hidden": 4, "out_channels": 4, "height": 1, "width": 1, "batch": 5, "act": "silu"}),
+    ("mbconv", 1, {"channels": 260, "hidden": 20, "out_channels": 132, "height": 2, "width": 70, "batch": 1, "act": "relu6"}),
 ]
 
-CHAIN, CONV = "expand_project_sm90.cuh", "conv_act_sm90.cu"
+CHAIN, CONV, BOTTLENECK, RING = "expand_project_sm90.cuh", "conv_act_sm90.cu", "mbconv_sm90.cu", "warpgroup.cuh"
 # (case of BROKEN, file, what is changed, into what, how it has to be noticed)
 BREAKAGES = [
-    ("fused_mbconv", CHAIN, "        fence_proxy_async();\n", "", "unfenced"),
-    ("fused_mbconv", CHAIN, "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>", "pending"),
-    ("fused_mbconv", CHAIN, "block_sync();  // the slab", "// the slab", "race"),
-    ("fused_mbconv", CHAIN, "C::kStages - 2", "C::kStages - 1", "race"),
+    ("fused_mbconv", RING, "        fence_proxy_async();\n", "", "unfenced"),
+    ("fused_mbconv", RING, "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>", "pending"),
+    ("fused_mbconv", RING, "block_sync();  // the slab", "// the slab", "race"),
+    ("fused_mbconv", RING, "C::kStages - 2", "C::kStages - 1", "race"),
     ("fused_mbconv", CHAIN, "wgmma_wait<1>();\n                load", "load", "pending"),
     ("fused_mbconv", CHAIN, "load(a[(step + 1) % 2]", "load(a[step % 2]", "pending"),
     ("fused_mbconv", CHAIN, "wgmma_fence();\n                wgmma(", "wgmma(", "unfenced"),
@@ -81,8 +89,14 @@ BREAKAGES = [
     ("fused_mbconv", CHAIN, "chunk + group > 0", "group > 0", NUMBERS),
     ("fused_mbconv", CHAIN, "channel += kWideChunk;", "", NUMBERS),
     ("fused_mbconv", CHAIN, "step < steps ? row + taps[step] : zeros", "row + taps[step]", "bounds"),
-    ("fused_mbconv", CHAIN, "if (!pixel.live) continue;", "", "bounds"),
-    ("fused_mbconv", CHAIN, "if (first + group * kGroup >= p.g.co) continue;", "", "bounds"),
+    (
+        "fused_mbconv",
+        CHAIN,
+        "at[half] = pixel.live ? ((pixels",
+        "at[half] = true ? ((pixels",
+        "bounds",
+    ),
+    ("fused_mbconv", RING, "if (first + group * kGroup >= columns) continue;", "", "bounds"),
     ("fused_mbconv", "fused_mbconv_sm90.cu", "thread_index() * 4) = {};", "0) = {};", "unwritten"),
     ("fused_mbconv", "fused_mbconv_sm90.cu", "        block_sync();", "", "race"),
     ("fused_mbconv", "fused_mbconv_sm90.cu", "cp_async_wait<Slabs<C>::kAhead>();", "", "pending"),
@@ -110,15 +124,69 @@ BREAKAGES = [
     ("pool", CONV, "lower = row + 8 >= begin && row + 8 < end", "lower = row + 8 >= begin", NUMBERS),
     ("pool", CONV, "static_cast<int64_t>(image) * pixels >= left || ", "", "bounds"),
     ("pool", CONV, "warp * 16 < (image + 1) * pixels; warp++", "warp < C::kWarps; warp++", "unwritten"),
+    ("mbconv", RING, "        fence_proxy_async();\n", "", "unfenced"),
+    ("mbconv", RING, "cp_async_wait<kAhead - 1>", "cp_async_wait<kAhead>", "pending"),
+    ("mbconv", RING, "block_sync();  // the slab", "// the slab", "race"),
+    (
+        "mbconv",
+        BOTTLENECK,
+        "wgmma_fence();\n                        wgmma(T{}, hidden",
+        "wgmma(T{}, hidden",
+        "unfenced",
+    ),
+    (
+        "mbconv",
+        BOTTLENECK,
+        "wgmma_commit();\n                }\n                if (conv",
+        "}\n                if (conv",
+        "pending",
+    ),
+    ("mbconv", BOTTLENECK, "wgmma_wait<1>();\n            }\n            if", "}\n            if", "race"),
+    ("mbconv", BOTTLENECK, "wgmma_wait<1>();\n            }\n        }", "}\n        }", "race"),
+    ("mbconv", BOTTLENECK, "wgmma_wait<0>();\n            wgmma_settle(hidden)", "wgmma_settle(hidden)", "pending"),
+    ("mbconv", BOTTLENECK, "wgmma_wait<0>();\n                block_sync();", "block_sync();", "race"),
+    ("mbconv", BOTTLENECK, "block_sync();  // the window", "// the window", "race"),
+    ("mbconv", BOTTLENECK, "wgmma_wait<0>();\n        int block", "int block", "pending"),
+    (
+        "mbconv",
+        BOTTLENECK,
+        "(int i = thread_index(); i < quads;",
+        "(int i = quads; i < quads;",
+        "unwritten",
+    ),
+    ("mbconv", BOTTLENECK, "(int i = thread_index(); i < kRowsBytes / 8;", "(int i = kRowsBytes; i < kRowsBytes / 8;", "unwritten"),
+    ("mbconv", BOTTLENECK, "image < g.n && from < g.c", "from < g.c", "bounds"),
+    ("mbconv", BOTTLENECK, "image < g.n && from < g.c", "image < g.n", "bounds"),
+    ("mbconv", BOTTLENECK, "chunk + 1, hidden, target", "chunk, hidden, target", "bounds"),
+    ("mbconv", BOTTLENECK, "if (j < reach)", "", "bounds"),
+    ("mbconv", BOTTLENECK, "count > 0 ? count + kTaps - 1 : 0", "count + kTaps - 1", "bounds"),
+    ("mbconv", BOTTLENECK, "if (i < count) store4", "store4", "race"),
+    ("mbconv", BOTTLENECK, "if (to >= 0) store4", "store4", "race"),
+    ("mbconv", BOTTLENECK, "(unit ^ row % 8) << 4", "unit << 4", NUMBERS),
+    ("mbconv", BOTTLENECK, "block_y() * C::kColumns + ", "", "twice"),
+    ("mbconv", BOTTLENECK, "static_cast<int64_t>(block_y()) * count * kSlabUnits", "0", NUMBERS),
+    ("mbconv", BOTTLENECK, "t.chunks * (t.slabs + C::kParts);", "t.chunks * (t.slabs + C::kParts) - 1;", NUMBERS),
+    ("mbconv", BOTTLENECK, "image >= g.n || y >= g.ho", "y >= g.ho", "bounds"),
+    ("mbconv", BOTTLENECK, "i + step > 0", "step > 0", NUMBERS),
+    ("mbconv", BOTTLENECK, "chunk + step > 0", "step > 0", NUMBERS),
+    ("mbconv", BOTTLENECK, "2 * i * kRowsBytes + rows;", "2 * i * kRowsBytes;", NUMBERS),
+    ("mbconv", BOTTLENECK, "shared_address(tile) + rows", "shared_address(tile)", NUMBERS),
+    ("mbconv", BOTTLENECK, "(i * kTaps + tap) * channels", "(tap * kTaps + i) * channels", NUMBERS),
+    ("mbconv", BOTTLENECK, "number * place.window_h + in.y - place.window_y", "number * place.window_h", NUMBERS),
 ]
 BROKEN: dict[str, dict[str, Any]] = {
+    "mbconv": {"channels": 260, "hidden": 132, "out_channels": 260, "height": 7, "width": 6, "batch": 3},
     "fused_mbconv": {"channels": 20, "hidden": 260, "out_channels": 132, "height": 9, "width": 7, "batch": 3},
     "gn_mlp": {"channels": 132, "hidden": 260, "height": 9, "width": 7, "batch": 3},
     "conv_act": {"channels": 20, "out_channels": 260, "height": 14, "width": 14, "residual": True, "batch": 1},
     "pool": {"channels": 20, "out_channels": 260, "height": 9, "width": 7, "pool": True, "batch": 3},
 }
-# Two CTAs share the columns, one of them makes two blocks of them; the last CTA is not full.
-TILES = {"conv_act": hopper_conv.Tile(110, 2, 1), "pool": hopper_conv.Tile(126, 2, 1)}
+# Two CTAs share the columns; the last CTA is not full. Of conv_act one CTA makes two blocks of columns.
+TILES: dict[str, tuple[Any, Any]] = {
+    "conv_act": (hopper_conv, hopper_conv.Tile(110, 2, 1)),
+    "pool": (hopper_conv, hopper_conv.Tile(126, 2, 1)),
+    "mbconv": (hopper_mbconv, tiling.Tile(2, 7, 6, 1)),
+}
 
 
 def operator_of(case: str) -> str:
@@ -127,8 +195,8 @@ def operator_of(case: str) -> str:
 
 def configs_of(operator: str) -> set[int]:
     """The numbers of an operator's compiled shapes."""
-    configs: tuple[Any, ...] = hopper_conv.CONFIGS if operator == "conv_act" else hopper.CONFIGS
-    return {config.number for config in configs}
+    configs: dict[str, tuple[Any, ...]] = {"conv_act": hopper_conv.CONFIGS, "mbconv": hopper_mbconv.CONFIGS}
+    return {config.number for config in configs.get(operator, hopper.CONFIGS)}
 
 
 @pytest.fixture
@@ -177,14 +245,19 @@ def test_contract(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str)
     for number, shape in enumerate(cases.random_cases(operator, 12)):
         call = random_call(operator, dtype=(torch.float16, torch.bfloat16)[number % 2], **shape)
         wide = sorted(configs_of(operator))
-        if operator != "conv_act":
+        if operator == "mbconv":
+            # The layers that the tier is for.
+            shape |= {"channels": 132 + shape["channels"], "kernel_size": 3, "stride": 1, "padding": min(1, shape["padding"])}
+            shape |= {"padding": 1} if min(shape["height"], shape["width"]) < 3 else {}
+            call = random_call(operator, dtype=(torch.float16, torch.bfloat16)[number % 2], **shape)
+        elif operator != "conv_act":
             out_channels = OPERATORS[operator].infer_shape(*call.args)[1]
             wide = [c.number for c in hopper.CONFIGS if -(-out_channels // 128) == c.parts and out_channels <= c.columns]
         with execution.watched(kernels) as outcome, hopper.forced(wide[number % len(wide)]), contextlib.suppress(NotTaken):
             check_call(operator, call.args, "cuda")
         assert not outcome.reports, "\n".join(outcome.reports)
         served += outcome.blocks > 0
-    # conv_act has any channels; the tier takes multiples of four.
+    # conv_act has any channels; the tier takes multiples of four. Of mbconv few channels leave the most room.
     assert served >= (3 if operator == "conv_act" else 10)
 
 
@@ -199,7 +272,7 @@ def test_opcheck(kernels: Path, monkeypatch: pytest.MonkeyPatch, operator: str) 
     overload = getattr(torch.ops.lowkernels_cuda, name).default
     with monkeypatch.context() as patch, hopper.forced(0):
         patch.setattr(torch.ops.lowkernels_cuda, name, Recorder())
-        execution.run(operator, random_call(operator, channels=16, dtype=torch.float16).args)
+        execution.run(operator, random_call(operator, channels=132 if operator == "mbconv" else 16, dtype=torch.float16).args)
     (args,) = calls
     with execution.watched(kernels):
         torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
@@ -213,7 +286,7 @@ def test_each_barrier_is_needed(kernels: Path, case: str) -> None:
     with execution.watched(kernels) as intact, hopper.forced(config):
         execution.run(operator, call.args)
     assert not intact.reports
-    assert {name.split(":")[0] for name in intact.barriers} >= {f"{operator}_sm90.cu", "expand_project_sm90.cuh"}
+    assert {name.split(":")[0] for name in intact.barriers} >= {f"{operator}_sm90.cu", "warpgroup.cuh"}
     for barrier in intact.barriers:
         with execution.watched(kernels, skip=barrier) as mutated, hopper.forced(config):
             execution.run(operator, call.args)
@@ -230,7 +303,11 @@ def variant(operator: str, change: tuple[str, str, str] | None) -> Path:
         (CONV, "X(0, 3, 5, 1) X(1, 2, 3, 2)", "X(1, 2, 3, 2)"),
         (CONV, "return launch(conv_act_sm90<bf16_t, C, POOL>, grid, C::kThreads, shared, stream, c);", "return 1;"),
     ]
-    replacements = [*(convolution if operator == "conv_act" else chain), *([change] if change else [])]
+    bottleneck = [
+        (BOTTLENECK, "X(0, 4) X(1, 3)", "X(1, 3)"),
+        (BOTTLENECK, "launch_config<WideMBConv<stages>, bf16_t>(p, stream);", "1;"),
+    ]
+    replacements = [*{"conv_act": convolution, "mbconv": bottleneck}.get(operator, chain), *([change] if change else [])]
 
     def changed(file: str, text: str) -> str:
         for _, old, new in (r for r in replacements if r[0] == file):
@@ -245,7 +322,8 @@ def symptoms(case: str, library: Path, monkeypatch: pytest.MonkeyPatch) -> set[s
     operator = operator_of(case)
     call = random_call(operator, dtype=torch.float16, **BROKEN[case])
     if case in TILES:
-        monkeypatch.setattr(hopper_conv, "divisions", lambda *args: [TILES[case]])
+        module, tile = TILES[case]
+        monkeypatch.setattr(module, "divisions", lambda *args: [tile])
     found = set()
     with execution.watched(library) as outcome, hopper.forced(max(configs_of(operator))):
         try:
@@ -300,14 +378,14 @@ def test_plan_asks_for_what_the_launcher_asks_for(kernels: Path, monkeypatch: py
         planned.append(args[0])
         return inner(*args)
 
-    for module in (hopper, hopper_conv):
+    for module in (hopper, hopper_conv, hopper_mbconv):
         monkeypatch.setattr(module, "divisions", partial(remember, module.divisions))
     for operator, config, shape in SHAPES:
         fewer = {"batch": 1} if operator == "conv_act" else {"hidden": 8, "batch": 1}
         call = random_call(operator, dtype=torch.float16, **{**shape, **fewer})
         with execution.watched(kernels) as outcome, hopper.forced(config):
             execution.run(operator, call.args)
-        plan: Any = hopper_conv if operator == "conv_act" else hopper
+        plan: Any = {"conv_act": hopper_conv, "mbconv": hopper_mbconv}.get(operator, hopper)
         assert outcome.shared == plan.shared_bytes(planned[-1], plan.divisions(planned[-1], H200, config)[0])
 
 
@@ -380,10 +458,46 @@ def test_plan_of_convolutions(on_hopper: None, monkeypatch: pytest.MonkeyPatch) 
     assert chosen(256, 3, 224, 16) is None
 
 
+def test_plan_of_mbconv(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_check", lambda operator, x: "")
+
+    def chosen(batch: int, channels: int, size: int, kernel: int = 3, stride: int = 1, wide: bool = False) -> Any:
+        shape = tiling.Shape(batch, channels, size, size, channels, kernel, stride, kernel // 2, 4 * channels, wide)
+        return hopper_mbconv.choose(shape, torch.empty(0))
+
+    # LowFormer's last stages: whole images or halves of them; 512 channels leave room for three slabs, in bf16 of one image.
+    assert chosen(256, 256, 7) == tiling.Tile(2, 7, 7, 0)
+    assert chosen(256, 256, 7, wide=True) == tiling.Tile(2, 7, 7, 0)
+    assert chosen(256, 256, 14) == tiling.Tile(1, 7, 14, 0)
+    assert chosen(256, 512, 7) == tiling.Tile(2, 7, 7, 1)
+    assert chosen(256, 512, 7, wide=True) == tiling.Tile(1, 7, 7, 1)
+    # Few channels, other kernels and strides, an image of 512 channels: the kernels of every GPU.
+    assert chosen(256, 128, 14) is None
+    assert chosen(256, 256, 7, kernel=5) is None
+    assert chosen(256, 256, 7, stride=2) is None
+    assert chosen(1, 512, 7) is None
+
+    call = random_call("mbconv", channels=256, height=7, width=7, batch=1, dtype=torch.float16)
+    x = torch.empty(256, 256, 7, 7, dtype=torch.float16, device="meta")
+    tried = mbconv.candidates(x, *call.args[1:])
+    assert {*map(len, tried)} == {len(tiling.Tile._fields), len(tiling.Tile._fields) + 1}
+    for setting in tried:
+        with settings.using(setting):
+            tile = hopper_mbconv.choose(mbconv._shape(x, *call.args[1:6:2], 1, 1), x)
+        assert (tile is not None) == ("tier" in setting)
+        assert tile is None or setting == hopper.setting_of(tile)
+    monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_80")
+    assert chosen(256, 256, 7) is None
+    monkeypatch.setenv(hopper.TIER_VARIABLE, "sm_90a")
+    assert chosen(1, 512, 7) is not None
+    assert chosen(256, 128, 14) is None
+
+
 def test_other_devices_pack_nothing() -> None:
     call = random_call("fused_mbconv", dtype=torch.float16)
     assert hopper.pack(*call.args[1:4]) == []
     assert hopper_conv.pack(call.args[1]) == []
+    assert len(mbconv.pack(*random_call("mbconv", channels=256, dtype=torch.float16).args[1:])) == 6
     assert hopper.unusable(torch.device("cpu")) == "it is for NVIDIA GPUs, not for cpu"
 
 
@@ -456,7 +570,7 @@ def test_failed_check_is_in_the_report(on_hopper: None, monkeypatch: pytest.Monk
     assert outcome.blocks
     (row,) = lowkernels.report(model)
     assert row.ran_on == "cuda"
-    assert row.reason.endswith("; without warpgroup products: a reason")
+    assert "; without warpgroup products: a reason" in row.reason
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,13 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     # A kernel of 1 and stride 2 passes most pixels by.
     "lowtention": [{"norm": norm, "head_dim": 12, "num_heads": 2, "stride": 2, "kernel_size": 1} for norm in (True, False)],
 }
+# What the tier of compute capability 9.0 serves of mbconv.
+WIDE: dict[str, Any] = {"channels": 132}
 # What makes channels that only fill up a tile zero, whatever the inputs; and what to leave of it.
 MASKS = {
     "mbconv": ("mbconv.cu", "if (!live) clear(acc);", ""),
     "fused_mbconv": ("expand_project.cuh", "= live_group ? pack2", "= true ? pack2"),
+    "mbconv_sm90": ("mbconv_sm90.cu", "if (channel + g * kGroup >= p.expanded) clear(v[g]);", ""),
     "fused_mbconv_sm90": ("expand_project_sm90.cuh", "b[i] = live ? pack2", "b[i] = true ? pack2"),
 }
 
@@ -85,9 +88,9 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_hopper(on_cpu: None, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     on_hopper(monkeypatch)
-    library = execution.kernels(names=("fused_mbconv_sm90", "gn_mlp_sm90"))
-    for operator in ("fused_mbconv", "gn_mlp"):
-        for shape in CALLS[operator]:
+    library = execution.kernels(names=("fused_mbconv_sm90", "gn_mlp_sm90", "mbconv_sm90"))
+    for operator in ("fused_mbconv", "gn_mlp", "mbconv"):
+        for shape in CALLS[operator] if operator != "mbconv" else ({**act, **WIDE} for act in ACTS):
             args = poisoned_call(operator, DTYPES[dtype], shape)
             with hopper.forced(0):
                 assert_like_eager(operator, args, run(library, operator, args))
@@ -100,7 +103,7 @@ def test_without_its_mask_a_kernel_makes_nan_of_an_infinity(on_cpu: None, monkey
     operator = kernel.removesuffix("_sm90")
     if operator != kernel:
         on_hopper(monkeypatch)
-    args = poisoned_call(operator, torch.float16, ACTS[0])
+    args = poisoned_call(operator, torch.float16, ACTS[0] | (WIDE if kernel == "mbconv_sm90" else {}))
     with hopper.forced(0):
         result = run(library, operator, args)
     with pytest.raises(AssertionError, match="isnan"):

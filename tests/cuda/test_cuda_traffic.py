@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowkernels.backends.cuda import chains, hopper, hopper_conv, library, tiling
+from lowkernels.backends.cuda import chains, hopper, hopper_conv, hopper_mbconv, library, tiling
 from lowkernels.choosing import settings
 from lowkernels.ops.conv_act import cuda as conv_act
 from lowkernels.testing import random_call
@@ -27,7 +27,7 @@ def hopper_kernels(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The kernels of Hopper; calls on CPU tensors are planned as on an H200."""
     monkeypatch.setattr(hopper, "unusable", lambda device: None)
     monkeypatch.setattr(tiling, "SMALLEST", H200)
-    return execution.kernels(names=("conv_act_sm90", "fused_mbconv_sm90", "gn_mlp_sm90"))
+    return execution.kernels(names=("conv_act_sm90", "fused_mbconv_sm90", "gn_mlp_sm90", "mbconv_sm90"))
 
 
 @contextmanager
@@ -162,6 +162,21 @@ def test_two_products_on_hopper(hopper_kernels: Path, operator: str, config: int
     with hopper.forced(config):
         found = counted(hopper_kernels, operator, **shape)
     agree(found, *before, traffic.wide_chain(sizes, tile, has_residual(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (0, {"channels": 256, "hidden": 128, "height": 7, "width": 7, "batch": 3}),
+        (1, {"channels": 192, "hidden": 64, "out_channels": 384, "height": 14, "width": 14, "batch": 1}),
+    ],
+)
+def test_mbconv_on_hopper(hopper_kernels: Path, config: int, shape: dict[str, Any]) -> None:
+    sizes = tiling.Shape(*planned("mbconv", shape), False)
+    tile = hopper_mbconv.divisions(sizes, H200, config)[0]
+    with hopper.forced(config):
+        found = counted(hopper_kernels, "mbconv", **shape)
+    agree(found, traffic.wide_mbconv(sizes, tile, has_residual(sizes)))
 
 
 ATTENTION: list[dict[str, Any]] = [

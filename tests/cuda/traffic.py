@@ -178,6 +178,24 @@ def wide_chain(shape: chains.Shape, tile: tiling.Tile, residual: bool) -> Moved:
     return Moved({"x": x, "slabs": Traffic(slabs, slabs, 0), "out": Traffic(0, 0, out)})
 
 
+def wide_mbconv(shape: tiling.Shape, tile: tiling.Tile, residual: bool) -> Moved:
+    """csrc/cuda/mbconv_sm90.cu, for output channels that are multiples of 128."""
+    passes, expanded = _passes(shape.out_channels, 2 * hopper.SLAB_COLUMNS), rounded_up(shape.expanded, CHUNK)
+    ctas = list(_windows(shape, tile))
+    inputs, outputs = (sum(cta[0] * cta[i] for cta in ctas) for i in (1, 2))
+    window, out = passes * inputs * shape.channels * HALF, outputs * shape.out_channels * HALF
+    depth = rounded_up(shape.channels, 2 * hopper.SLAB_DEPTH) + 2 * hopper.SLAB_COLUMNS
+    slabs = len(ctas) * passes * expanded * depth * HALF
+    return Moved(
+        {
+            "x": Traffic(window + residual * out, window, 0),
+            "slabs": Traffic(slabs, slabs, 0),
+            "dw": _depthwise(shape, len(ctas) * passes, expanded),
+            "out": Traffic(0, 0, out),
+        }
+    )
+
+
 def partial_moments(shape: chains.Shape, pieces: int) -> Moved:
     """The launch before gn_mlp for the statistics of large images, csrc/cuda/normalise.cuh."""
     x = shape.batch * shape.height * shape.channels * HALF
@@ -352,6 +370,7 @@ LAYERS: dict[str, Callable[[], Moved]] = {
         tiling.Shape(_BATCH, 512, 14, 14, 512, 3, 1, 1, 0, False), tiling.Tile(1, 7, 14, 3), True
     ),
     "mbconv": lambda: mbconv(tiling.Shape(_BATCH, 256, 7, 7, 256, 3, 1, 1, 1024, False), tiling.Tile(2, 7, 7, 3), True),
+    "mbconv_sm90": lambda: wide_mbconv(tiling.Shape(_BATCH, 256, 7, 7, 256, 3, 1, 1, 1024, False), tiling.Tile(2, 7, 7, 0), True),
     "fused_mbconv": lambda: chain(chains.Shape(_BATCH, 128, 14, 14, 128, 3, 1, 1, 512, False), tiling.Tile(0, 1, 196, 1), True),
     "gn_mlp": lambda: chain(chains.Shape(_BATCH, 128, 196, 1, 128, 1, 1, 0, 512, True), tiling.Tile(0, 1, 196, 1), True),
     "fused_mbconv_sm90": lambda: wide_chain(

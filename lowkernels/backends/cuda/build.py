@@ -39,7 +39,7 @@ _VERSION = b"lowkernels-cuda-version:"
 _COMPILED_FOR = b"lowkernels-cuda-architectures:"
 
 _KERNELS: tuple[str, ...] = ("conv_act", "separable_conv", "mbconv", "fused_mbconv", "gn_mlp", "lowtention")
-_KERNELS += ("conv_act_sm90", "fused_mbconv_sm90", "gn_mlp_sm90")
+_KERNELS += ("conv_act_sm90", "fused_mbconv_sm90", "gn_mlp_sm90", "mbconv_sm90")
 # The Python files that lay out what the library is called with.
 _ARGUMENTS = ("library.py", "pack.py", "tiling.py", "chains.py", "hopper.py", "hopper_conv.py")
 # -Xptxas=-v: what each kernel takes of registers and memory, for the logger.

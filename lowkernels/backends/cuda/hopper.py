@@ -1,5 +1,5 @@
 """The tier of compute capability 9.0: fused_mbconv and gn_mlp by warpgroup products (``csrc/cuda/expand_project_sm90.cuh``), and
-what conv_act's part of it (:mod:`.hopper_conv`) shares with them.
+what conv_act's and mbconv's parts of it (:mod:`.hopper_conv`, :mod:`.hopper_mbconv`) share with them.
 
 It stands beside the kernels every GPU runs: weights are packed for both, and each call takes the one that is estimated to be
 faster. Before its first use for an operator, device and dtype the tier has to pass calls of its own that meet each compiled shape;
@@ -88,6 +88,11 @@ _CASES: dict[str, tuple[tuple[int, dict[str, int]], ...]] = {
         (1, {"channels": 128, "hidden": 512}),
         (2, {"channels": 100, "hidden": 260}),
         (3, {"channels": 256, "hidden": 512}),
+    ),
+    "mbconv": (
+        (0, {"channels": 256, "hidden": 260, "height": 7, "width": 7}),
+        (0, {"channels": 132, "hidden": 68, "out_channels": 260}),
+        (1, {"channels": 196, "hidden": 128, "out_channels": 200, "height": 9, "width": 11, "padding": 0}),
     ),
 }
 
@@ -275,17 +280,23 @@ def _padded(matrix: Tensor, depth: int, columns: int) -> Tensor:
     return out
 
 
-def _slabs(matrix: Tensor) -> Tensor:
+def _slabs(matrix: Tensor, columns_of_slab: int = SLAB_COLUMNS) -> Tensor:
     """[depth, columns], whole slabs, as [slab row, slab column, values of a slab].
 
     Values lie as shared memory takes them: for each column 64 of depth, 128 bytes, their eight 16-byte units exchanged by exclusive
     or with the column's number. The hardware undoes that with its 128-byte swizzle.
     """
-    depth, columns = (n // size for n, size in zip(matrix.shape, (SLAB_DEPTH, SLAB_COLUMNS), strict=True))
-    units = matrix.reshape(depth, 8, 8, columns, SLAB_COLUMNS).permute(0, 3, 4, 1, 2)
-    column = torch.arange(SLAB_COLUMNS, device=matrix.device)[:, None]
+    depth, columns = (n // size for n, size in zip(matrix.shape, (SLAB_DEPTH, columns_of_slab), strict=True))
+    units = matrix.reshape(depth, 8, 8, columns, columns_of_slab).permute(0, 3, 4, 1, 2)
+    column = torch.arange(columns_of_slab, device=matrix.device)[:, None]
     exchanged = torch.arange(8, device=matrix.device)[None] ^ column % 8
     return units[:, :, column, exchanged].reshape(depth, columns, -1)
+
+
+def dealt_slabs(matrix: Tensor, depth: int, columns: int, columns_of_slab: int) -> Tensor:
+    """A matrix [inputs, outputs], padded to multiples of ``depth`` and ``columns``, as [slab row, slab column, values of a slab];
+    its columns are dealt so that a lane's results are four neighbours."""
+    return _slabs(_dealt(_padded(matrix, depth, columns)), columns_of_slab)
 
 
 def convolution(weight: Tensor) -> Tensor:
@@ -293,7 +304,7 @@ def convolution(weight: Tensor) -> Tensor:
     width, channels, size, _ = weight.shape
     taps = weight.new_zeros(size, size, rounded_up(channels, STEP), width)
     taps[:, :, :channels] = weight.permute(2, 3, 1, 0)
-    return _slabs(_dealt(_padded(taps.reshape(-1, width), SLAB_DEPTH, SLAB_COLUMNS))).transpose(0, 1).reshape(-1)
+    return dealt_slabs(taps.reshape(-1, width), SLAB_DEPTH, SLAB_COLUMNS, SLAB_COLUMNS).transpose(0, 1).reshape(-1)
 
 
 def chain(expand: Tensor, project: Tensor) -> Tensor:

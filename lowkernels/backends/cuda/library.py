@@ -18,6 +18,8 @@ SCHEMAS: dict[str, str] = {
     "int act, bool pool, int images, int pixels, int column_ctas, int config",
     "mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, "
     "Tensor(a!) out, int kernel, int stride, int padding, int act, bool residual, int[] tile",
+    "mbconv_sm90": "Tensor x, Tensor slabs, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project_bias, Tensor(a!) out, "
+    "int kernel, int stride, int padding, int act, bool residual, int[] tile",
     "fused_mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor(a!) out, int kernel, "
     "int stride, int padding, int act, bool residual, int[] tile",
     "fused_mbconv_sm90": "Tensor x, Tensor slabs, Tensor expand_bias, Tensor project_bias, Tensor(a!) out, int kernel, int stride, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from .pack import CHUNK, GROUP, rounded_up
 # Elements between pixels of a window and between rows of a tile, as csrc/cuda/window.cuh has them.
 _WINDOW_LENGTH = CHUNK + 16
 _TILE_LENGTH = CHUNK + 8
+# A cycle of a multiprocessor's.
+_MULTIPLY_ADDS = 1024
 # How many divisions a tuner tries besides the cheapest.
 CANDIDATES = 6
 
@@ -92,26 +95,35 @@ def device_of(tensor: Tensor) -> Device:
     return _cuda_device(tensor.device.index) if tensor.is_cuda else SMALLEST
 
 
-def _window(shape: Shape, tile: Tile) -> tuple[int, int]:
+def window(shape: Shape, tile: Tile) -> tuple[int, int]:
     return (tile.height - 1) * shape.stride + shape.kernel, (tile.width - 1) * shape.stride + shape.kernel
+
+
+def inside(shape: Shape, tile: Tile) -> int:
+    """Pixels of the window that may lie in the image."""
+    height, width = window(shape, tile)
+    return tile.images * min(height, shape.height) * min(width, shape.width)
 
 
 def _inputs(shape: Shape, tile: Tile) -> int:
     """Rows of X: pixels of the window that may lie in the image, rounded up to whole tiles."""
-    height, width = _window(shape, tile)
-    return rounded_up(tile.images * min(height, shape.height) * min(width, shape.width), 16)
+    return rounded_up(inside(shape, tile), 16)
+
+
+def window_bytes(shape: Shape, tile: Tile) -> int:
+    """Shared memory of one chunk's window."""
+    height, width = window(shape, tile)
+    # Expanded values are fp32 where inputs are bf16.
+    return tile.images * height * width * _WINDOW_LENGTH * (4 if shape.expanded and shape.wide else 2)
 
 
 def shared_bytes(shape: Shape, tile: Tile) -> int:
     """Shared memory of one CTA, as the launchers in csrc/cuda ask for it."""
-    height, width = _window(shape, tile)
     result = CONFIGS[tile.config].tiles * 16 * _TILE_LENGTH * 2
-    window = tile.images * height * width * _WINDOW_LENGTH
     if not shape.expanded:
-        return result + 2 * window * (2 if shape.channels > CHUNK else 1)
+        return result + window_bytes(shape, tile) * (2 if shape.channels > CHUNK else 1)
     depth = rounded_up(shape.channels, 16)
-    # Expanded values are fp32 where inputs are bf16.
-    return result + window * (4 if shape.wide else 2) + _inputs(shape, tile) * ((depth + 8) * 2 + 4)
+    return result + window_bytes(shape, tile) + _inputs(shape, tile) * ((depth + 8) * 2 + 4)
 
 
 def _tiles(shape: Shape, config: Config) -> Iterator[Tile]:
@@ -159,6 +171,12 @@ def _fitting(shape: Shape, device: Device) -> Iterator[Tile]:
 def choose(shape: Shape, device: Device) -> Tile | None:
     """The cheapest division that fits the device, or None if not even one pixel at a time does."""
     return min(_fitting(shape, device), key=lambda tile: _cost(shape, tile, device), default=None)
+
+
+def cost(shape: Shape, device: Device) -> float:
+    """Cycles of the busiest multiprocessor with :func:`choose`'s division; infinite where there is none."""
+    tile = choose(shape, device)
+    return math.inf if tile is None else _cost(shape, tile, device) / _MULTIPLY_ADDS
 
 
 def candidates(shape: Shape, device: Device) -> list[dict[str, int]]:

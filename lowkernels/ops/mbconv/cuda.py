@@ -1,11 +1,14 @@
-"""mbconv in CUDA C++: one launch; the expanded tensor stays in shared memory, and is fp32 there for bf16 inputs."""
+"""mbconv in CUDA C++: one launch; the expanded tensor stays in shared memory, and is fp32 there for bf16 inputs.
+
+Weights are packed twice where warpgroup products may serve a call: see :mod:`lowkernels.backends.cuda.hopper_mbconv`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...backends.cuda import launch, tiling
+from ...backends.cuda import hopper_mbconv, launch, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import ACTIVATION_NUMBERS, CHUNK, GROUP
 
@@ -46,6 +49,8 @@ def pack(
     dw_bias: Tensor | None,
     project_weight: Tensor,
     project_bias: Tensor | None,
+    act: str,
+    stride: int,
     *rest: object,
 ) -> list[Tensor]:
     expanded, out_channels = expand_weight.shape[0], project_weight.shape[0]
@@ -56,6 +61,7 @@ def pack(
         packing.vector(dw_bias, dw_weight, expanded, CHUNK),
         packing.pointwise(project_weight, rows=CHUNK),
         packing.vector(project_bias, project_weight, out_channels, GROUP),
+        *hopper_mbconv.pack(expand_weight, dw_weight, project_weight, stride),
     ]
 
 
@@ -77,7 +83,27 @@ def candidates(
     padding: int,
     residual: bool,
 ) -> list[dict[str, int]]:
-    return tiling.candidates(_shape(x, expand_weight, dw_weight, project_weight, stride, padding), tiling.device_of(x))
+    shape = _shape(x, expand_weight, dw_weight, project_weight, stride, padding)
+    device, wide = tiling.device_of(x), hopper_mbconv.choose(shape, x)
+    best = tiling.choose(shape, device) if wide is not None else None
+    others = tiling.candidates(shape, device) + ([best._asdict()] if best else [])
+    return others + hopper_mbconv.candidates(shape, x)
+
+
+def remark(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    act: str,
+    stride: int,
+    padding: int,
+    residual: bool,
+) -> str | None:
+    return hopper_mbconv.remark(_shape(x, expand_weight, dw_weight, project_weight, stride, padding), x)
 
 
 def forward(
@@ -95,12 +121,16 @@ def forward(
     packed: list[Tensor] | None,
 ) -> Tensor:
     if packed is None:
-        packed = pack(expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias)
-    kernel = dw_weight.shape[2]
+        packed = pack(expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias, act, stride)
     shape = _shape(x, expand_weight, dw_weight, project_weight, stride, padding)
-    tile = launch.tile_for(shape, x)
     out = launch.empty_nhwc(x, (x.shape[0], project_weight.shape[0], *shape.output))
-    torch.ops.lowkernels_cuda.mbconv.default(
-        launch.aligned(x), *packed, out, kernel, stride, padding, ACTIVATION_NUMBERS[act], residual, tile
-    )
+    tail = out, shape.kernel, stride, padding, ACTIVATION_NUMBERS[act], residual
+    expand, first_bias, dw, second_bias, project, last_bias, *slabs = packed
+    middle = first_bias, dw, second_bias
+    wide = hopper_mbconv.choose(shape, x) if slabs else None
+    if wide is not None:
+        torch.ops.lowkernels_cuda.mbconv_sm90.default(launch.aligned(x), *slabs, *middle, last_bias, *tail, wide)
+    else:
+        tile = launch.tile_for(shape, x)
+        torch.ops.lowkernels_cuda.mbconv.default(launch.aligned(x), expand, *middle, project, last_bias, *tail, tile)
     return out

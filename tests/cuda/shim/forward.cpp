@@ -32,6 +32,7 @@ FORWARD(lowkernels_fused_mbconv, ExpandProject)
 FORWARD(lowkernels_conv_act_sm90, ConvAct)
 FORWARD(lowkernels_fused_mbconv_sm90, ExpandProject)
 FORWARD(lowkernels_gn_mlp_sm90, ExpandProject)
+FORWARD(lowkernels_mbconv_sm90, MBConv)
 FORWARD(lowkernels_gn_mlp, ExpandProject)
 FORWARD(lowkernels_lowtention, Lowtention)
 }

@@ -59,8 +59,8 @@ namespace {
 constexpr int kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024;
 constexpr size_t kStack = 128 * 1024, kMaxShared = 256 * 1024;
 constexpr uint16_t kNobody = 0xffff, kSeveral = 0xfffe;
-// What is known of a word on a thread's stack: how many register fences the thread had passed when it wrote it, or that a product
-// is under way that writes or reads it.
+// What is known of a word on a thread's stack: how many register fences the thread had passed when it wrote it, or read of it what a
+// product had written; or that a product is under way that writes or reads it.
 constexpr uint32_t kWrittenByProduct = 0, kAccumulating = 1, kMultiplying = 2, kFirstFence = 3;
 
 // One 2-byte cell of shared memory. An epoch is (block barriers passed, barriers this warp passed); both only grow.
@@ -130,7 +130,7 @@ struct Operands {
     const uint32_t* a = nullptr;
     uint32_t address = 0, b0 = 0, b1 = 0;
     int flag = 0, columns = 0, accumulate = 0;
-    uint64_t descriptor = 0;
+    uint64_t a_descriptor = 0, descriptor = 0;
 };
 
 // Accumulators of a warpgroup while products on them are under way: what is in them meanwhile is nobody's business.
@@ -143,7 +143,7 @@ struct Product {
     int group;
     float* sums;  // of the warpgroup's first thread: the key of its Hidden
     std::vector<float*> d;
-    std::vector<const uint32_t*> a;
+    std::vector<const uint32_t*> a;  // empty where the first operand is in shared memory
     int columns;
     std::vector<uint32_t> cells;
 };
@@ -312,7 +312,7 @@ void access(const void* address, int bytes, bool write, const Where& pc) {
                 report("pending", pc, "use of accumulators that a warpgroup product is still to write");
             else if (write && state == kMultiplying)
                 report("pending", pc, "write to registers that a warpgroup product under way reads");
-            else if (write)
+            else if (write || state == kWrittenByProduct)
                 state = S.fibers[S.current].register_fences;
         }
         return;
@@ -490,12 +490,13 @@ void run_wgmma(int first) {
     const int saved = S.current;
     for (int t = 0; t < kWarpgroup; t++) {
         const Operands& o = threads[t].operands;
-        if (o.descriptor != leader.descriptor || o.accumulate != leader.accumulate || threads[t].products != threads[0].products)
+        if (o.descriptor != leader.descriptor || o.a_descriptor != leader.a_descriptor || o.accumulate != leader.accumulate || threads[t].products != threads[0].products)
             report("divergent", where, "the threads of a warpgroup give different descriptors or groups");
     }
     Product product{threads[0].products, leader.sums, {}, {}, columns, {}};
     std::vector<float> b, a(64 * 16);
     if (!read_matrix(leader.descriptor, columns, bf16, where, b, product.cells)) return;
+    if (!leader.a && !read_matrix(leader.a_descriptor, 64, bf16, where, a, product.cells)) return;
     Hidden& hidden = warpgroup.hidden[leader.sums];
     const bool begins = hidden.products == 0;
     hidden.sums.resize(64 * columns);
@@ -504,7 +505,7 @@ void run_wgmma(int first) {
         const Operands& o = threads[t].operands;
         const uint32_t unfenced = threads[t].register_fences;
         const int row = t / kWarp * 16 + t % kWarp / 4, column = t % 4 * 2;
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < (o.a ? 4 : 0); i++) {
             uint32_t& state = stack_word(o.a + i);
             if (state == kAccumulating) report("pending", where, "product of what another one is still to write");
             if (state == unfenced) report("unfenced", where, "no register fence after the first operand was written");
@@ -514,13 +515,13 @@ void run_wgmma(int first) {
         for (int i = 0; i < columns / 2; i++) {
             uint32_t& state = stack_word(o.sums + i);
             if (begins) {
-                if (state == unfenced) report("unfenced", where, "no register fence after the accumulators were written");
+                if (state == unfenced) report("unfenced", where, "no register fence after the accumulators were written or read");
                 hidden.sums[(row + i / 2 % 2 * 8) * columns + i / 4 * 8 + column + i % 2] = o.sums[i];
                 std::memset(o.sums + i, 0xff, 4);
             }
             state = kAccumulating;
         }
-        product.a.push_back(o.a);
+        if (o.a) product.a.push_back(o.a);
         product.d.push_back(o.sums);
     }
     S.current = saved;
@@ -541,10 +542,16 @@ void run_wgmma(int first) {
     warpgroup.products.push_back(std::move(product));
 }
 
+// What is known of the registers of a product's first operand.
+void mark(const Product& product, uint32_t state) {
+    for (const uint32_t* a : product.a)
+        for (int i = 0; i < 4; i++) stack_word(a + i) = state;
+}
+
 // Its registers are ordinary ones again.
 void forget(const Product& product) {
+    mark(product, kWrittenByProduct);
     for (int t = 0; t < kWarpgroup; t++) {
-        for (int i = 0; i < 4; i++) stack_word(product.a[t] + i) = kWrittenByProduct;
         for (int i = 0; i < product.columns / 2; i++) stack_word(product.d[t] + i) = kWrittenByProduct;
     }
 }
@@ -559,8 +566,7 @@ void run_wgmma_wait(int first) {
             kept.push_back(std::move(product));
             continue;
         }
-        for (int t = 0; t < kWarpgroup; t++)
-            for (int i = 0; i < 4; i++) stack_word(product.a[t] + i) = kWrittenByProduct;
+        mark(product, kWrittenByProduct);
         // Whoever writes there next has to meet all threads of the warpgroup in a barrier.
         for (uint32_t at : product.cells) {
             Cell& cell = S.cells[at];
@@ -581,9 +587,7 @@ void run_wgmma_wait(int first) {
     }
     warpgroup.products = std::move(kept);
     // Registers that a product still under way reads too.
-    for (const Product& product : warpgroup.products)
-        for (int t = 0; t < kWarpgroup; t++)
-            for (int i = 0; i < 4; i++) stack_word(product.a[t] + i) = kMultiplying;
+    for (const Product& product : warpgroup.products) mark(product, kMultiplying);
 }
 
 void run_shuffle(int warp) {
@@ -780,9 +784,10 @@ void shim_cp_async(void* to, const void* from, int bytes, int valid) {
 void shim_cp_async_commit() { S.fibers[S.current].groups++; }
 void shim_cp_async_wait(int pending) { land(S.fibers[S.current], pending); }
 
-void shim_wgmma(float* d, int columns, const uint32_t* a, unsigned long long b, int bf16, int accumulate, const char* file, int line) {
+void shim_wgmma(float* d, int columns, const uint32_t* a, unsigned long long a_matrix, unsigned long long b, int bf16, int accumulate,
+                const char* file, int line) {
     Operands& o = S.fibers[S.current].operands;
-    o.sums = d, o.columns = columns, o.a = a, o.descriptor = b, o.flag = bf16, o.accumulate = accumulate;
+    o.sums = d, o.columns = columns, o.a = a, o.a_descriptor = a_matrix, o.descriptor = b, o.flag = bf16, o.accumulate = accumulate;
     stop(Wait::wgmma, file, line);
 }
 

@@ -24,7 +24,9 @@ void shim_mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, int bf16, c
 void shim_cp_async(void* to, const void* from, int bytes, int valid);
 void shim_cp_async_commit();
 void shim_cp_async_wait(int pending);
-void shim_wgmma(float* d, int columns, const uint32_t* a, unsigned long long b, int bf16, int accumulate, const char* file, int line);
+// `a`: registers, or null for the matrix in shared memory that `a_matrix` describes.
+void shim_wgmma(float* d, int columns, const uint32_t* a, unsigned long long a_matrix, unsigned long long b, int bf16, int accumulate,
+                const char* file, int line);
 void shim_wgmma_fence();
 void shim_wgmma_commit();
 void shim_wgmma_wait(int pending, const char* file, int line);
@@ -45,6 +47,7 @@ LK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(
 LK_DEVICE void block_sync(LK_HERE) { shim_sync(1, file, line); }
 LK_DEVICE void warp_sync(LK_HERE) { shim_sync(0, file, line); }
 LK_DEVICE float shuffle_xor(float value, int lanes, LK_HERE) { return shim_shuffle_xor(value, lanes, file, line); }
+LK_DEVICE void recompute(int&) {}
 LK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, LK_HERE) { shim_ldmatrix(r, address, 0, file, line); }
 LK_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t address, LK_HERE) { shim_ldmatrix(r, address, 1, file, line); }
 LK_DEVICE void mma(half_t, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, LK_HERE) {
@@ -76,13 +79,15 @@ LK_DEVICE void wgmma_wait(LK_HERE) {
 template <int N>
 LK_DEVICE void wgmma_settle(float (&)[N][4]) {}
 LK_DEVICE void fence_proxy_async() { shim_fence_proxy_async(); }
-template <int N>
-LK_DEVICE void wgmma(half_t, float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, LK_HERE) {
-    shim_wgmma(d[0], 8 * N, a, b, 0, accumulate, file, line);
+constexpr int is_bf16(half_t) { return 0; }
+constexpr int is_bf16(bf16_t) { return 1; }
+template <typename T, int N>
+LK_DEVICE void wgmma(T t, float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, LK_HERE) {
+    shim_wgmma(d[0], 8 * N, a, 0, b, is_bf16(t), accumulate, file, line);
 }
-template <int N>
-LK_DEVICE void wgmma(bf16_t, float (&d)[N][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, LK_HERE) {
-    shim_wgmma(d[0], 8 * N, a, b, 1, accumulate, file, line);
+template <typename T, int N>
+LK_DEVICE void wgmma(T t, float (&d)[N][4], uint64_t a, uint64_t b, bool accumulate, LK_HERE) {
+    shim_wgmma(d[0], 8 * N, nullptr, a, b, is_bf16(t), accumulate, file, line);
 }
 
 inline __attribute__((always_inline)) uint32_t float_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
