@@ -8,6 +8,8 @@ is one call. Every other call is the model's own.
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
@@ -24,7 +26,7 @@ from .chain import Chain, blocks_of
 from .reading import Reading, expect, is_trusted
 from .row import Around, Plain, Row, Step, first
 
-# Where nn.Module looks for another way to be called, and keeps what nn.Module.compile() made. It is not copied with the module.
+# Where nn.Module looks for another way to be called, and keeps what nn.Module.compile() made.
 _PLACE = "_compiled_call_impl"
 # Attributes of a model that this library keeps there.
 _OURS = (_PLACE, "_lowkernels_notes", "_lowkernels_strides")
@@ -35,29 +37,41 @@ _LOOKS = 4
 class Whole:
     """Calls of a model, as one call of a backend where that is the same.
 
+    The model holds this. Neither the model nor its ``__dict__`` is held here, so that it is freed, with all packed weights, as soon
+    as nobody else has it. Copies of this are None: they would be of the model it was made for.
+
     Args:
         model: the model; its own ``__call__`` serves whatever this does not.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
         self._looks = 0
-        self._look()
+        self._look(model)
 
-    def _look(self) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def _look(self, model: nn.Module) -> None:
         self._looks += 1
         self._rows: dict[tuple[Any, ...], Row | None] = {}
-        self._state = _state(self._model)
-        kinds = {type(m) for m in _containers(self._model)}
+        self._state = _state(model)
+        self._values = self._attributes(model)
+        kinds = {type(m) for m in _containers(model)}
         self._forwards = [(kind, kind.forward) for kind in kinds if not is_trusted(kind.__module__)]
-        self.steps = _look(self._model)
+        self.steps = _look(model)
+
+    def _attributes(self, model: nn.Module) -> list[object]:
+        return [value for value in model.__dict__.values() if value is not self]
 
     def forget(self) -> None:
         """Drop what was put together for calls so far."""
         self._rows = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model
+        model = self._model()
+        if model is None:
+            raise ReferenceError("lowkernels: this call is of a model that does not exist any more")
         if len(args) != 1 or kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
             return model._call_impl(*args, **kwargs)
         x = args[0]
@@ -66,30 +80,30 @@ class Whole:
         # Another thread may drop them at any time.
         key, rows = looks(x, None), self._rows
         if key not in rows:
-            return self._first(x, key)
+            return self._first(model, x, key)
         row = rows.get(key)
         if row is None:
             return model._call_impl(x)
-        if not row.holds() or any(kind.forward is not forward for kind, forward in self._forwards):
+        values = self._attributes(model)
+        is_same = len(values) == len(self._values) and all(map(operator.is_, values, self._values)) and row.holds()
+        if not is_same or any(kind.forward is not forward for kind, forward in self._forwards):
             self._rows = {}
-            return self._first(x, key)
+            return self._first(model, x, key)
         return row(x)
 
-    def _first(self, x: Tensor, key: tuple[Any, ...]) -> Any:
-        model = self._model
+    def _first(self, model: nn.Module, x: Tensor, key: tuple[Any, ...]) -> Any:
         if self._looks < _LOOKS and not _is_same(_state(model), self._state):
-            self._look()
+            self._look(model)
         containers = list(_containers(model))
         if not self.steps or not _is_same(_state(model), self._state) or any(has_hooks(m) for m in containers):
             return model._call_impl(x)
         own = [m for m in containers if not _is_ours(m)]
-        around = Around(
-            [*(m._modules for m in containers), *(d for m in own for d in (m.__dict__, m._parameters, m._buffers))], containers
-        )
+        places = [*(m._modules for m in containers), *(d for m in own for d in (m._parameters, m._buffers))]
+        around = Around([*places, *(m.__dict__ for m in own if m is not model)], containers)
         out, row, _ = first(self.steps, x, around)
         if len(self._rows) >= PREPARED_KEPT:
             self._rows = {}
-        self._rows[key] = row
+        self._rows[key], self._values = row, self._attributes(model)
         # Its sums may be rounded otherwise than PyTorch's: what is returned must not depend on which call it is.
         return out if row is None else row(x)
 
@@ -286,20 +300,21 @@ def _containers(model: nn.Module) -> Iterator[nn.Module]:
             yield from _containers(child)
 
 
-def _state(model: nn.Module) -> list[tuple[nn.Module, str, object]]:
-    """The attributes and children that the code of the model and its own modules may depend on."""
-    state: list[tuple[nn.Module, str, object]] = []
+def _state(model: nn.Module) -> list[tuple[int, str, object]]:
+    """The attributes and children, by the module's id, that the code of the model and its own modules may depend on."""
+    state: list[tuple[int, str, object]] = []
     for module in _containers(model):
         if not is_trusted(type(module).__module__):
-            state.append((module, "forward", type(module).forward))
+            state.append((id(module), "forward", type(module).forward))
         attributes = {} if _is_ours(module) else module.__dict__
-        state += [(module, name, value) for name, value in attributes.items() if name not in _OURS]
+        state += [(id(module), name, value) for name, value in attributes.items() if name not in _OURS]
+        # Among them the modules below, so that nothing else can come to have their ids.
         places = (module._modules, module._parameters, module._buffers)
-        state += [(module, name, value) for place in places for name, value in place.items()]
+        state += [(id(module), name, value) for place in places for name, value in place.items()]
     return state
 
 
-def _is_same(state: list[tuple[nn.Module, str, object]], other: list[tuple[nn.Module, str, object]]) -> bool:
+def _is_same(state: list[tuple[int, str, object]], other: list[tuple[int, str, object]]) -> bool:
     return len(state) == len(other) and all(
-        a is b and name == name_too and v is w for (a, name, v), (b, name_too, w) in zip(state, other, strict=True)
+        a == b and name == name_too and v is w for (a, name, v), (b, name_too, w) in zip(state, other, strict=True)
     )

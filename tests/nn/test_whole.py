@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -314,6 +316,49 @@ def test_copies_are_on_their_own(copied: Callable[[nn.Module], Any]) -> None:
         assert make_whole(twin)
         for _ in range(2):
             assert torch.equal(twin(x), expected)
+
+
+class _CopiesItself(Net):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CopiesItself:
+        twin = object.__new__(_CopiesItself)
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+
+def test_copies_of_all_attributes_are_on_their_own() -> None:
+    model, x = _net(kind=_CopiesItself), _x()
+    assert make_whole(model)
+    with torch.no_grad():
+        expected = [model(x) for _ in range(2)][1]
+        modules = model._call_impl(x)
+        twin = copy.deepcopy(model)
+        _norm_weight(model)
+        assert torch.equal(twin(x), modules)
+        assert make_whole(twin)
+        for _ in range(2):
+            assert torch.equal(twin(x), expected)
+
+
+def test_freed_with_its_last_reference() -> None:
+    """And not when the collector comes by: packed weights are large."""
+    model, x = _whole(), _x()
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+    watched = [weakref.ref(value) for value in (*model.modules(), *model.buffers())]
+    call = model._compiled_call_impl
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert watched[0]() is None
+        with pytest.raises(ReferenceError, match="a model that does not exist any more"):
+            call(x)
+        del call
+        assert not any(reference() is not None for reference in watched)
+    finally:
+        gc.enable()
 
 
 def test_compiled() -> None:
