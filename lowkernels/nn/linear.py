@@ -40,6 +40,7 @@ class Linear(FusedBlock, nn.Linear):
 
     operator_name: ClassVar[str] = "conv_act"
     _CONVS = ("linear",)
+    # Unpacking takes as long as the product of dozens of rows (1280 x 1000 in float32: 1.7 ms), which plain ones are for.
     _READS_WEIGHTS = True
 
     def __init__(self, original: nn.Linear, *, act: str = "none", backend: str = "auto") -> None:
