@@ -29,6 +29,9 @@ from .errors import BackendError
 ENVIRONMENT_VARIABLE = "LOWKERNELS_BACKEND"
 AUTO = "auto"
 
+# What the sizes are called that a measured table is for.
+_TUNED = {auto.MEASURED: "tuned", auto.SHIPPED: "shipped"}
+
 _context: ContextVar[str | None] = ContextVar("lowkernels_backend", default=None)
 
 
@@ -74,6 +77,9 @@ class Choice:
         rejected: (backend, reason) of every backend that was preferred over it and refused, in order.
         basis: what decided: ``"request"``, ``"measured"`` (the user's table), ``"shipped"`` (a measured table that ships with the
             package), ``"estimate"`` or ``"order"`` (the fixed order of backends).
+        sizes: where the sizes of tiles and the like that it runs with are from: ``"tuned"`` (the user's table), ``"shipped"``
+            (a measured table), ``"table row 3"`` (the backend's own, for shapes like this), ``"cost model"`` (the backend's, for
+            any shape) or ``"rule"`` (a backend that has no more than one way to find them); empty where there are none to choose.
     """
 
     operator: str
@@ -81,10 +87,16 @@ class Choice:
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
     basis: str = auto.ORDER
+    sizes: str = ""
+
+    @property
+    def why(self) -> str:
+        """:attr:`reason`, and :attr:`sizes` if there are any."""
+        return self.reason + (f"; sizes: {self.sizes}" if self.sizes else "")
 
     def __str__(self) -> str:
         refused = "".join(f"; {name}: {reason}" for name, reason in self.rejected)
-        return f"{self.operator}: {self.backend} ({self.reason}){refused}"
+        return f"{self.operator}: {self.backend} ({self.why}){refused}"
 
 
 def check_name(name: str, where: str = "") -> str:
@@ -195,7 +207,8 @@ def choose(
             raise BackendError(f"lowkernels.{operator}: backend {name!r}, asked for by {source}, cannot serve this call: {reason}")
         setting = {} if call is None else auto.setting(operator, name, call)
         why = f"asked for by {source}" + _remark(operator, name, setting, call)
-        return _with(operator, name, setting), Choice(operator, name, why, basis=auto.REQUESTED)
+        sizes = "" if call is None else _sizes(operator, name, auto.table(operator, name, call), call)
+        return _with(operator, name, setting), Choice(operator, name, why, basis=auto.REQUESTED, sizes=sizes)
 
     names = [candidate for candidate in backends.PRIORITY if like.device.type in backends.load(candidate).DEVICES]
     ranking = auto.rank(operator, names, call, packed_for)
@@ -205,7 +218,9 @@ def choose(
         if reason is None:
             why, basis = ranking.why(candidate, not rejected), ranking.basis_of(candidate)
             setting = ranking.settings.get(candidate, {})
-            chosen = Choice(operator, candidate, why + _remark(operator, candidate, setting, call), tuple(rejected), basis)
+            why += _remark(operator, candidate, setting, call)
+            sizes = "" if call is None else _sizes(operator, candidate, basis, call)
+            chosen = Choice(operator, candidate, why, tuple(rejected), basis, sizes)
             return _with(operator, candidate, setting), chosen
         rejected.append((candidate, reason))
     raise BackendError(f"lowkernels.{operator}: no backend can serve this call: {rejected}")
@@ -219,6 +234,16 @@ def _remark(operator: str, backend: str, setting: Setting, call: Sequence[Any] |
     with using(setting) if setting else contextlib.nullcontext():
         said = remark(*call)
     return f"; {said}" if said else ""
+
+
+def _sizes(operator: str, backend: str, table: str, call: Sequence[Any]) -> str:
+    """:attr:`Choice.sizes` of a call that the measured table ``table`` has, if it is one."""
+    if call[0].numel() == 0 or not hasattr(kernel(operator, backend), "candidates"):
+        return ""
+    if table in _TUNED:
+        return _TUNED[table]
+    ask = getattr(backends.load(backend), "sizes", None)
+    return "rule" if ask is None else str(ask(operator, call))
 
 
 def _with(operator: str, backend: str, setting: Setting) -> Kernel:

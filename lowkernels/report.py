@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _HEADER = ("module", "kind", "replaced", "backend", "ran on", "NHWC copies", "reason", "limits")
+# The summary counts rows of tables together.
+_ROW_NUMBER = re.compile(r"(?<=table row) \d+$")
 # Where accelerate() notes, on the model, what it decided about modules that are not FusedBlocks.
 NOTES = "_lowkernels_notes"
 
@@ -33,6 +37,8 @@ class Row:
         limits: the inputs the chosen backend serves.
         ran_on: the backend that ran its latest eager eval-mode forward; empty before one.
         layout_copies: inputs that forward had to copy to NHWC; None before one.
+        sizes: where the tile sizes that forward ran with are from, as :class:`lowkernels.Choice` has it; ``"cost model"`` is what
+            ``lowkernels tune`` may improve on.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Row:
     limits: str = ""
     ran_on: str = ""
     layout_copies: int | None = None
+    sizes: str = ""
 
     def cells(self) -> tuple[str, ...]:
         copies = "" if self.layout_copies is None else str(self.layout_copies)
@@ -71,13 +78,18 @@ class Report:
         table = [_HEADER, *(row.cells() for row in self.rows)]
         widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADER))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in table]
-        return "\n".join([*lines, f"{len(self.replaced)} of {len(self.rows)} modules replaced"])
+        return "\n".join([*lines, self._summary()])
+
+    def _summary(self) -> str:
+        counts = Counter(_ROW_NUMBER.sub("", row.sizes) for row in self.rows if row.sizes)
+        sizes = ", ".join(f"{count} {sizes}" for sizes, count in counts.most_common())
+        return f"{len(self.replaced)} of {len(self.rows)} modules replaced" + (f"; sizes: {sizes}" if sizes else "")
 
     def __rich__(self) -> Table:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*_HEADER, caption=f"{len(self.replaced)} of {len(self.rows)} modules replaced")
+        table = Table(*_HEADER, caption=self._summary())
         for row in self.rows:
             # As Text: brackets in names and messages are no markup.
             table.add_row(*map(Text, row.cells()), style=None if row.replaced else "dim")
@@ -130,4 +142,5 @@ def _block_row(name: str, block: FusedBlock) -> Row:
     choice, copies = call
     refused = "".join(f"; not {backend}: {reason}" for backend, reason in choice.rejected)
     limits = getattr(dispatch.kernel(choice.operator, choice.backend), "LIMITS", "any N, H, W")
-    return Row(**common, reason=choice.reason + refused, limits=limits, ran_on=choice.backend, layout_copies=copies)
+    ran: dict[str, Any] = {"ran_on": choice.backend, "layout_copies": copies, "sizes": choice.sizes}
+    return Row(**common, reason=choice.why + refused, limits=limits, **ran)

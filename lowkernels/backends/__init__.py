@@ -12,6 +12,8 @@ A backend module defines
   cheap after its first call and must not start a GPU, a compiler or the network;
 - ``chain(calls, inputs)`` and ``watch(tensors, versions, pointers, next_read)``, optional: one function for several calls that take
   each other's outputs, and one that says whether weights are as they were; see :mod:`lowkernels.nn.row`;
+- ``sizes(operator, call)``, optional: where the sizes that its kernel chooses for a call by itself are from, for
+  :attr:`lowkernels.Choice.sizes`; ``"rule"`` without it;
 - ``describe()``: one line about its versions and state for ``lowkernels info``.
 
 To add a backend: add its module here, its name to ``PRIORITY``, and a file named ``KERNEL`` to the operators it serves.

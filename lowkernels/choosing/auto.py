@@ -69,6 +69,16 @@ def setting(operator: str, backend: str, call: Sequence[Any]) -> Setting:
     return {} if found is None else found.row.settings.get(backend, {})
 
 
+def table(operator: str, backend: str, call: Sequence[Any]) -> str:
+    """Which measured table has ``backend`` on a call: ``"measured"``, ``"shipped"``, or none, which is empty."""
+    found = _measured(operator, call)
+    return "" if found is None or backend not in found.row.us else _basis(found)
+
+
+def _basis(found: Found) -> str:
+    return SHIPPED if found.shipped else MEASURED
+
+
 def _measured(operator: str, call: Sequence[Any]) -> Found | None:
     machine = measured.machine(call[0].device)
     described = None if machine is None else measured.describe(operator, call)
@@ -98,8 +108,8 @@ def rank(operator: str, names: Sequence[str], call: Sequence[Any] | None, packed
         same = found.row.shape == (images, height, width)
         tail = "" if same else " at {} x {}x{}".format(*found.row.shape)
         tail += f" ({found.row.measured})" if found.row.measured else ""
-        basis = SHIPPED if found.shipped else MEASURED
-        return Ranking(_all(_ordered(times, NOISE), choices, names), basis, times, about, tail, found.row.settings)
+        order = _all(_ordered(times, NOISE), choices, names)
+        return Ranking(order, _basis(found), times, about, tail, found.row.settings)
     return _estimated(operator, choices, names, call) or Ranking(_all(choices, names))
 
 

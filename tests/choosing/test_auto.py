@@ -205,6 +205,30 @@ def test_settings_reach_the_kernel(probe: Probe, monkeypatch: pytest.MonkeyPatch
     assert settings.current() == {}
 
 
+@pytest.mark.parametrize("backend", [None, NAME])
+def test_where_sizes_are_from(probe: Probe, monkeypatch: pytest.MonkeyPatch, backend: str | None) -> None:
+    assert explain(backend=backend).sizes == "", "there is nothing to choose"
+    monkeypatch.setattr(dispatch.kernel(CALL.operator, NAME), "candidates", lambda *args: [], raising=False)
+    assert explain(backend=backend).sizes == "rule"
+    monkeypatch.setattr(probe, "sizes", lambda operator, call: f"of {operator} in {len(call)}", raising=False)
+    found = explain(backend=backend)
+    assert found.sizes == f"of gn_mlp in {len(CALL.args)}"
+    assert str(found).endswith(f"; sizes: {found.sizes})")
+    for setting in ({}, {NAME: {"BM": 64}}):
+        know({NAME: 1.0, "eager": 2.0}, shipped=True, setting=setting)
+        assert explain(backend=backend).sizes == "shipped"
+    know({NAME: 1.0, "eager": 2.0})
+    assert explain(backend=backend).sizes == "tuned"
+    know({"eager": 2.0})
+    assert explain(backend=NAME).sizes == found.sizes, "the table has only eager"
+    block = lowkernels.nn.GroupNormMLP(8, expansion=2, backend=backend or "auto").eval()
+    with torch.no_grad():
+        block(torch.randn(1, 8, 50, 50))
+    (row,) = lowkernels.report(torch.nn.Sequential(block))
+    assert row.sizes == f"of gn_mlp in {len(CALL.args)}"
+    assert row.reason.endswith(f"; sizes: {row.sizes}")
+
+
 def test_weights_at_hand_are_only_compared_with_eager() -> None:
     know({"cuda": 1.0, "triton": 3.0, "eager": 2.0})
     rank = auto.rank

@@ -85,6 +85,16 @@ def test_plain_text() -> None:
     assert lines[-1] == "2 of 3 modules replaced"
 
 
+def test_where_sizes_are_from() -> None:
+    kinds = ["table row 3", "table row 11", "cost model", "", "table row 3"]
+    rows = [Row(str(i), "mbconv", True, "auto", "", sizes=sizes) for i, sizes in enumerate(kinds)]
+    assert str(lowkernels.Report(tuple(rows))).endswith("\n5 of 5 modules replaced; sizes: 3 table row, 1 cost model")
+    rich = pytest.importorskip("rich.console")
+    out = io.StringIO()
+    rich.Console(file=out, width=200).print(lowkernels.Report(tuple(rows)))
+    assert "5 of 5 modules replaced; sizes: 3 table row, 1 cost model" in out.getvalue()
+
+
 def test_rich_table() -> None:
     rich = pytest.importorskip("rich.console")
     out = io.StringIO()

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the Triton package is not installed")
 
+from lowkernels import backends
 from lowkernels.backends.triton import aot, model
-from lowkernels.backends.triton.launch import Target
+from lowkernels.backends.triton.launch import Target, planning_for
 from lowkernels.backends.triton.layers import layers, meta_layer, name
 from lowkernels.choosing import settings
+from lowkernels.ops import OPERATORS
 from lowkernels.testing import Call, random_call
 
 # No table has a row for these: Jetson AGX Orin, B300 and GB10.
@@ -128,6 +131,16 @@ def test_calls_without_a_row_are_planned_with_the_pick(arch: int) -> None:
     with settings.using({"BM": 64}):
         assert aot.launches(call, target)[-1].origin == "tuned"
     assert aot.launches(call, Target(80, 108))[-1].origin.startswith("table row")
+
+
+@pytest.mark.parametrize("operator", list(OPERATORS))
+def test_reports_say_where_sizes_are_from(operator: str) -> None:
+    call = random_call(operator, batch=2, channels=64, dtype=torch.float16)
+    for target, origin in ((Target(130, 16), "cost model"), (Target(90, 132), "table row")):
+        with planning_for(target):
+            assert backends.load("triton").sizes(*call).startswith(origin)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                assert backends.load("triton").sizes(*call).startswith(origin)
 
 
 @pytest.mark.slow

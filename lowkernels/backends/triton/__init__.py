@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import INTERPRETING
 
@@ -57,6 +61,21 @@ def unavailable(device_type: str) -> str | None:
     if not INTERPRETING:
         return "it serves CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1 before lowkernels is imported)"
     return _missing()
+
+
+def sizes(operator: str, call: Sequence[Any]) -> str:
+    """Where the configuration that a call has without a setting is from: ``"table row 3"`` or ``"cost model"``."""
+    from . import launch, model
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+        return torch.empty(value.shape, dtype=value.dtype, device="meta", memory_format=layout)
+
+    # Whoever listens is not to hear of it, and tensors made under a fake mode would be fake.
+    with _disable_current_modes():
+        return model.launches(operator, tuple(map(empty, call)), launch.target(call[0]))[-1].origin
 
 
 def describe() -> str:

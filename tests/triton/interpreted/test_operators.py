@@ -210,6 +210,7 @@ def test_whole_model() -> None:
         reference = eager.double()(x.double())
     # The longest sum is the one over the window of the last downsampling block.
     assert_within_budget(found, expected, reference, 9 * 128)
+    assert all(row.sizes.startswith("table row") for row in lowkernels.report(model).replaced if row.ran_on == "triton")
 
 
 def test_packed_weights_are_freed() -> None:
