@@ -15,6 +15,17 @@ struct Geometry {
     int images, tile_h, tile_w;  // outputs of one CTA
 };
 
+// Split-K: `count` CTAs have the same outputs, each with a share of the expanded channels. They leave their sums in `sums`
+// [count][elements of out]; who takes the last of a CTA's tickets adds them up. Tickets are 0 before a launch and after it; there is one
+// for each CTA of a launch that is not split. count 1: not split, and no memory.
+struct Split {
+    int count;
+    float* sums;
+    unsigned* tickets;
+    int room;    // tickets there are
+    int chunks;  // of expanded channels, of a CTA; the last one has the rest. The launcher's
+};
+
 struct SeparableConv {
     Geometry g;
     const void* x;
@@ -51,6 +62,11 @@ struct MBConv {
     bool residual;
 };
 
+// Apart: the kernels that are not split need every register, and spilled where their parameters were larger.
+struct SplitMBConv : MBConv {
+    Split split;
+};
+
 struct Lowtention {
     int n, h, w, c, co;
     int grid_h, grid_w, tokens;  // after the depthwise convolution; tokens = grid_h * grid_w
@@ -73,6 +89,7 @@ struct Lowtention {
 // 1 for tiles of tile_h x tile_w outputs, or 0 for tile_w consecutive ones, whatever image they are of (then tile_h is 1).
 struct ExpandProject {
     Geometry g;
+    Split split;   // 1 for Hopper's kernels
     int expanded;  // channels; weights are of whole groups
     const void *x, *expand;
     const float* expand_bias;  // [expanded]
@@ -90,7 +107,7 @@ struct ExpandProject {
 extern "C" {
 int lowkernels_conv_act(const ConvAct& p, Dtype dtype, int config, void* stream);
 int lowkernels_separable_conv(const SeparableConv& p, Dtype dtype, int config, void* stream);
-int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream);
+int lowkernels_mbconv(const SplitMBConv& p, Dtype dtype, int config, void* stream);
 int lowkernels_fused_mbconv(const ExpandProject& p, Dtype dtype, int config, void* stream);
 int lowkernels_gn_mlp(const ExpandProject& p, Dtype dtype, int config, void* stream);
 // For compute capability 9.0. Of two products `expand` has the slabs of both, `project` is null, of whole chunks of 128 expanded channels

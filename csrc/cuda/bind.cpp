@@ -76,6 +76,17 @@ public:
         return const_cast<void*>(packed(t, argument, dtype_, count, true));
     }
 
+    // Of split-K: nothing, or the sums of `splits` CTAs for every element of `out` and tickets.
+    lk::Split split(const std::vector<Tensor>& memory, int64_t splits, const Tensor& out) const {
+        STD_TORCH_CHECK(splits >= 1 && memory.size() == (splits > 1 ? 2u : 0u), name_, ": arguments split and splits: are ", memory.size(), " tensors and ",
+                        splits, "; allowed are none and 1, or two and more");
+        if (splits == 1) return {1, nullptr, nullptr, 0, 0};
+        float* sums = scratch_floats(memory[0], "split", splits * out.numel());
+        const int64_t room = memory[1].numel();
+        auto* tickets = static_cast<unsigned*>(const_cast<void*>(packed(memory[1], "split", ScalarType::Int, room, true)));
+        return {static_cast<int>(splits), sums, tickets, static_cast<int>(room), 0};
+    }
+
     float* scratch_floats(const Tensor& t, const char* argument, int64_t count) const {
         return static_cast<float*>(const_cast<void*>(packed(t, argument, ScalarType::Float, count, true)));
     }
@@ -230,9 +241,9 @@ lk::MBConv bottleneck(const Call& call, const Tensor& x, const Tensor& expand_bi
 }
 
 void mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, Tensor out,
-            int64_t kernel, int64_t stride, int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
+            std::vector<Tensor> split, int64_t kernel, int64_t stride, int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile, int64_t splits) {
     const Call call("lowkernels_cuda::mbconv", x);
-    lk::MBConv p = bottleneck(call, x, expand_bias, dw, dw_bias, project_bias, out, kernel, stride, padding, act, residual, tile);
+    lk::SplitMBConv p{bottleneck(call, x, expand_bias, dw, dw_bias, project_bias, out, kernel, stride, padding, act, residual, tile), call.split(split, splits, out)};
     const int64_t expanded = rounded_up(p.expanded, kChunk);
     p.expand = call.weights(expand, "expand", rounded_up(p.g.c, 16) * expanded);
     p.project = call.weights(project, "project", expanded * rounded_up(p.g.co, kGroup));
@@ -269,12 +280,13 @@ void chain(const Call& call, lk::ExpandProject& p, const Tensor& x, const Tensor
     p.act = static_cast<int>(act), p.residual = residual;
 }
 
-void fused_mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor out, int64_t kernel, int64_t stride,
-                  int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile) {
+void fused_mbconv(Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor out, std::vector<Tensor> split, int64_t kernel,
+                  int64_t stride, int64_t padding, int64_t act, bool residual, std::vector<int64_t> tile, int64_t splits) {
     const Call call("lowkernels_cuda::fused_mbconv", x);
     lk::ExpandProject p{};
     p.g = geometry(x, out, kernel, stride, padding, tile, 0);
     chain(call, p, x, expand, expand_bias, project, project_bias, out, act, residual);
+    p.split = call.split(split, splits, out);
     call.check(lk::lowkernels_fused_mbconv(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
 }
 
@@ -298,13 +310,15 @@ void normalisation(const Call& call, lk::ExpandProject& p, const Tensor& weight,
 }
 
 void gn_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias,
-            std::vector<Tensor> partial, Tensor out, double eps, int64_t act, bool residual, std::vector<int64_t> tile) {
+            std::vector<Tensor> partial, Tensor out, std::vector<Tensor> split, double eps, int64_t act, bool residual, std::vector<int64_t> tile,
+            int64_t splits) {
     const Call call("lowkernels_cuda::gn_mlp", x);
     lk::ExpandProject p{};
     p.g = geometry(x, out, 1, 1, 0, tile, 0);
     one_column(p.g);
     chain(call, p, x, expand, expand_bias, project, project_bias, out, act, residual);
     normalisation(call, p, norm_weight, norm_bias, partial, eps);
+    p.split = call.split(split, splits, out);
     call.check(lk::lowkernels_gn_mlp(p, call.dtype(), static_cast<int>(tile[3]), call.stream()));
 }
 

@@ -163,6 +163,21 @@ LK_WGMMA_OF(bf16_t, "bf16")
 #undef LK_SUMS_64
 #undef LK_FOUR
 
+// Takes one of `count` tickets: 0, 1, 2 and so on; after the last one it begins anew. What the CTA wrote to global memory before a
+// barrier before this is there for who takes a later one, and reads it with load4_fresh.
+LK_DEVICE int take_ticket(unsigned* next, int count) {
+    __threadfence();
+    const unsigned mine = atomicInc(next, static_cast<unsigned>(count) - 1);
+    __threadfence();
+    return static_cast<int>(mine);
+}
+
+// Past the L1 cache, which does not know of other multiprocessors' writes.
+LK_DEVICE Float4 load4_fresh(const float* from) {
+    const float4 v = __ldcg(reinterpret_cast<const float4*>(from));
+    return {{v.x, v.y, v.z, v.w}};
+}
+
 // Copies BYTES from global to shared memory, or fills with zeros without reading where `valid` is false.
 template <int BYTES>
 LK_DEVICE void cp_async(void* to, const void* from, bool valid) {

@@ -13,8 +13,7 @@
 // An SM of sm_80 has 256 bytes of bandwidth in the time of one mma. From L2, a CTA reads its window once and all weights once.
 #pragma once
 
-#include "api.h"
-#include "fragments.cuh"
+#include "split.cuh"
 
 namespace lowkernels {
 
@@ -35,11 +34,13 @@ struct Chain {
     static constexpr int kProjectPieces = EXPAND / kProjectSteps * (GROUPS / kProjectGroups);
     static constexpr int kAccumulators = TILES * (EXPAND + GROUPS) * 8;
     static constexpr int kPerSM = kAccumulators > 96 ? 1 : 2;
+    // The shape for few images: few rows, few expanded channels at a time, split-K.
+    static constexpr bool kSplits = EXPAND == 1;
     static_assert(EXPAND % kProjectSteps == 0 && GROUPS % kProjectGroups == 0, "pieces are whole");
 };
 
 // The shapes compiled, by the number lowkernels/backends/cuda/chains.py chooses. gn_mlp has no use for the first, of few output columns.
-#define LK_CHAINS(X) X(1, 2, 4, 8, 1) X(2, 2, 4, 8, 2) X(3, 2, 2, 10, 1) X(4, 1, 4, 16, 1) X(5, 1, 4, 16, 4)
+#define LK_CHAINS(X) X(1, 2, 4, 8, 1) X(2, 2, 4, 8, 2) X(3, 2, 2, 10, 1) X(4, 1, 4, 16, 1) X(5, 1, 4, 16, 4) X(6, 1, 1, 16, 4)
 #define LK_ALL_CHAINS(X) X(0, 1, 4, 4, 1) LK_CHAINS(X)
 
 // The window in shared memory: pixels of `pixel` elements, rows of `pitch`. With stride 2 even columns come first, then odd ones, from
@@ -157,22 +158,34 @@ LK_DEVICE void make_taps(const Task& t, int* taps) {
     }
 }
 
+// The chunks of a CTA.
+template <typename C>
+LK_DEVICE int first_chunk_of(const Task& t) {
+    return C::kSplits ? first_chunk(t.p.split) : 0;
+}
+template <typename C>
+LK_DEVICE int end_chunk_of(const Task& t) {
+    if (!C::kSplits) return t.chunks;
+    const int end = end_chunk(t.p.split);
+    return end < t.chunks ? end : t.chunks;
+}
+
 // The ring of weights. Pieces follow each other as the products use them: of each chunk the first product's, then the second's.
 template <typename C>
 struct Weights {
     const Task& t;
     Bits8* ring;
-    int chunk = 0, piece = 0;  // to be copied next
+    int chunk, piece = 0;      // to be copied next
     int copied = 0, used = 0;  // stages
 
-    LK_DEVICE Weights(const Task& task, Bits8* to) : t(task), ring(to) {
+    LK_DEVICE Weights(const Task& task, Bits8* to) : t(task), ring(to), chunk(first_chunk_of<C>(task)) {
 #pragma unroll
         for (int i = 0; i < C::kStages - 1; i++) copy();
     }
 
     // Starts the next piece's copies, a group of cp.async even if there are none. A warp copies whole fragments.
     LK_DEVICE void copy() {
-        if (chunk < t.chunks) {
+        if (chunk < end_chunk_of<C>(t)) {
             const int first = chunk * C::kChunkGroups, number = piece - t.expand_pieces;
 #pragma unroll
             for (int i = 0; i < C::kStage / kWarps; i++) {
@@ -229,12 +242,12 @@ struct Products {
         }
         clear(out);
         // The bias is one of the sums' terms: added at the end, its loads would not fit into registers beside them.
-        if (split == 0) {
+        if (split == 0 && (!C::kSplits || first_chunk(t.p.split) == 0)) {
 #pragma unroll
             for (int g = 0; g < C::kGroups; g++) add_bias(out, g, load4(t.p.project_bias + column(t.p, g)));
         }
         const bool live = first_row < t.layout.pixels;
-        for (int chunk = 0; chunk < t.chunks; chunk++) {
+        for (int chunk = first_chunk_of<C>(t); chunk < end_chunk_of<C>(t); chunk++) {
             const int first = chunk * C::kChunkGroups + split * C::kExpand;
             float hidden[C::kTiles][C::kExpand][2][4];
             clear(hidden);
@@ -322,6 +335,45 @@ struct Products {
             for (int g = 0; g < C::kGroups; g++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) f(out[m][g][h], (m * C::kGroups + g) * 2 + h);
+    }
+
+    // Leaves the sums for the CTA that comes last, or takes all CTAs' if this one does. The pixels are in shared memory, like `flag`.
+    LK_DEVICE bool join(const Task& t, const Pixels& pixels, int* flag) {
+        const ExpandProject& p = t.p;
+        float* mine = sums_of_block(p.split, p.g);
+        for_each_output(t, pixels, [&](int m, int g, int half, int64_t at) {
+            float v[4];
+            four_columns(out[m][g], half, v);
+            store4(mine + at, v);
+        });
+        if (!comes_last(p.split, ceil_div(p.g.co, C::kGroups * kGroup), flag)) return false;
+        for_each_output(t, pixels, [&](int m, int g, int half, int64_t at) {
+            float v[4];
+            add_sums(p.split, p.g, at, v);
+#pragma unroll
+            for (int c = 0; c < 4; c++) out[m][g][c / 2][2 * half + c % 2] = v[c];
+        });
+        return true;
+    }
+
+    // f(tile, group, half, where) for this lane's outputs, four neighbouring columns at a time.
+    template <typename F>
+    LK_DEVICE void for_each_output(const Task& t, const Pixels& pixels, F f) {
+        const ExpandProject& p = t.p;
+        const int warp = warp_index(), first_column = block_y() * C::kGroups * kGroup + lane_index() % 4 * 4;
+        if (warp >= C::kRowWarps) return;
+#pragma unroll
+        for (int m = 0; m < C::kTiles; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const Pixels::Pixel pixel = pixels.at(t, (warp * C::kTiles + m) * 16 + half * 8 + lane_index() / 4);
+                if (!pixel.live) continue;
+                const int64_t at = ((pixels.first + pixel.row) * p.g.wo + pixel.x) * p.g.co + first_column;
+#pragma unroll
+                for (int g = 0; g < C::kGroups; g++)
+                    if (first_column + g * kGroup < p.g.co) f(m, g, half, at + g * kGroup);
+            }
+        }
     }
 
     // The residual; then the CTA's pixels go out, 32 bytes of neighbouring channels at a time.

@@ -20,7 +20,7 @@ template <typename T, typename C>
 LK_KERNEL(kThreads, C::kPerSM)
 gn_mlp(Task t) {
     const Shared<T, C> shared(t);
-    const Pixels pixels = pixels_of(t.p.g, block_x());
+    const Pixels pixels = pixels_of(t.p.g, C::kSplits ? outputs_of_block(t.p.split) : block_x());
     if (thread_index() == 0) *shared.pixels = pixels;
     copy_window(t, pixels, shared.window);
     Weights<C> weights(t, shared.ring);
@@ -30,16 +30,19 @@ gn_mlp(Task t) {
     Products<T, C> products;
     products.run(t, pixels, shared.window, shared.taps, weights);
     products.add_up(shared.sums());
+    if (C::kSplits && t.p.split.count > 1 && !products.join(t, *shared.pixels, reinterpret_cast<int*>(shared.sums()))) return;
     products.store(t, *shared.pixels);
 }
 
 template <typename C, typename T>
 int launch_config(const ExpandProject& p, void* stream) {
-    if (p.g.tile_h * p.g.tile_w > C::kRows) return kNoSuchConfig;
+    if (p.g.tile_h * p.g.tile_w > C::kRows || (p.split.count > 1 && !C::kSplits)) return kNoSuchConfig;
+    Task task = task_of<C>(p);
+    Grid grid = grid_of<C>(p.g);
+    if (!divide(task.p.split, grid, task.chunks)) return kNoSuchConfig;
     const int error = launch_partial_moments<T>(p, stream);
     if (error != 0) return error;
-    const Task task = task_of<C>(p);
-    return launch(gn_mlp<T, C>, grid_of<C>(p.g), kThreads, Shared<T, C>::bytes(task) + kScratch, stream, task);
+    return launch(gn_mlp<T, C>, grid, kThreads, Shared<T, C>::bytes(task) + kScratch, stream, task);
 }
 
 }  // namespace

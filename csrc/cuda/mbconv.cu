@@ -10,6 +10,8 @@
 //   from L2        X once, and the residual; all projection weights once a CTA (four times up to 32 columns), expansion weights up
 //                  to 2 * ceil(r / 96) times, the depthwise weights once a warp; LowFormer-B1's 7x7x256, two images a CTA, L1
 //                  keeping all to nothing: 554 to 1217 KB an image
+#include <type_traits>
+
 #include "mbconv.cuh"
 
 namespace lowkernels {
@@ -73,11 +75,23 @@ LK_DEVICE void expand(const MBConv& p, const T* inputs, const int* target, int r
     }
 }
 
-template <typename T, typename C>
+// The CTA's outputs and its chunks.
+LK_DEVICE int outputs_of(const MBConv&) { return block_x(); }
+LK_DEVICE int outputs_of(const SplitMBConv& p) { return outputs_of_block(p.split); }
+LK_DEVICE int first_of(const MBConv&) { return 0; }
+LK_DEVICE int first_of(const SplitMBConv& p) { return first_chunk(p.split); }
+LK_DEVICE int end_of(const MBConv&, int chunks) { return chunks; }
+LK_DEVICE int end_of(const SplitMBConv& p, int chunks) {
+    const int end = end_chunk(p.split);
+    return end < chunks ? end : chunks;
+}
+
+// P: MBConv, or SplitMBConv with split-K.
+template <typename T, typename C, typename P>
 LK_KERNEL(kThreads, C::kPerSM)
-mbconv(MBConv p) {
+mbconv(P p) {
     using W = typename Kept<T>::type;
-    const Place place = place_of(p.g, block_x());
+    const Place place = place_of(p.g, outputs_of(p));
     const Inside in = inside_of(p.g, place);
     const int depth = rounded_up(p.g.c, 16), chunks = ceil_div(p.expanded, kChunk);
     const int rows = rounded_up(p.g.images * in.h * in.w, 16);
@@ -108,18 +122,21 @@ mbconv(MBConv p) {
     projection.begin(p.g.co);
     cp_async_wait<0>();
     block_sync();  // X, the targets and the border are there
-    for (int chunk = 0; chunk < chunks; chunk++) {
+    for (int chunk = first_of(p); chunk < end_of(p, chunks); chunk++) {
         expand(p, inputs, target, rows, depth, window, chunk);
         block_sync();  // the window is whole, and nobody reads D any more
         depthwise(p.g, place, window, tile, start, p.dw + chunk * kChunk, p.dw_bias + chunk * kChunk, chunks * kChunk, p.act);
         block_sync();  // D is whole, and nobody reads the window any more
         projection.add(tile, static_cast<const Bits8*>(p.project), chunks * (kChunk / 16), chunk);
     }
+    if constexpr (std::is_same_v<P, SplitMBConv>) {
+        if (!projection.join(p.g, place, p.split, ceil_div(p.g.co, C::kPass * kGroup), reinterpret_cast<int*>(tile))) return;
+    }
     projection.store(p.g, place, p.project_bias, kNone, p.residual ? static_cast<const T*>(p.x) : nullptr, static_cast<T*>(p.out));
 }
 
 template <typename C, typename T>
-int launch_config(const MBConv& p, void* stream) {
+int launch_config(const SplitMBConv& p, void* stream) {
     if (p.g.images * p.g.tile_h * p.g.tile_w > C::kTiles * 16) return kNoSuchConfig;
     auto smaller = [](int a, int b) { return a < b ? a : b; };
     const size_t window_h = (p.g.tile_h - 1) * p.g.stride + p.g.kernel, window_w = (p.g.tile_w - 1) * p.g.stride + p.g.kernel;
@@ -127,12 +144,22 @@ int launch_config(const MBConv& p, void* stream) {
     const size_t inside = static_cast<size_t>(p.g.images) * smaller(window_h, p.g.h) * smaller(window_w, p.g.w);
     const size_t rows = (inside + 15) / 16 * 16, depth = (p.g.c + 15) / 16 * 16;
     const size_t shared = C::kTiles * 16 * kTileLength * 2 + window + rows * ((depth + 8) * 2 + sizeof(int));
-    return launch(mbconv<T, C>, grid_of(p.g, C::kPass), kThreads, shared, stream, p);
+    Grid grid = grid_of(p.g, C::kPass);
+    if (p.split.count > 1) {
+        if constexpr (C::kSplits) {
+            SplitMBConv divided = p;
+            if (!divide(divided.split, grid, (p.expanded + kChunk - 1) / kChunk)) return kNoSuchConfig;
+            return launch(mbconv<T, C, SplitMBConv>, grid, kThreads, shared, stream, divided);
+        } else {
+            return kNoSuchConfig;
+        }
+    }
+    return launch(mbconv<T, C, MBConv>, grid, kThreads, shared, stream, static_cast<const MBConv&>(p));
 }
 
 }  // namespace
 
-int lowkernels_mbconv(const MBConv& p, Dtype dtype, int config, void* stream) {
+int lowkernels_mbconv(const SplitMBConv& p, Dtype dtype, int config, void* stream) {
     switch (config) {
 #define LK_CASE(number, tiles, warps, groups)                                                                            \
     case number:                                                                                                         \

@@ -6,8 +6,7 @@
 // depthwise into the tile D, then D times the chunk's rows of the 1x1 weight, accumulated in registers over all chunks.
 #pragma once
 
-#include "api.h"
-#include "fragments.cuh"
+#include "split.cuh"
 
 namespace lowkernels {
 
@@ -25,6 +24,7 @@ struct Config {
     static constexpr int kWarpTiles = TILES / kRowWarps;
     static constexpr int kPass = WARPS * GROUPS;               // groups of one CTA
     static constexpr int kPerSM = kWarpTiles * GROUPS > 4 ? 1 : 2;  // CTAs: the accumulators decide
+    static constexpr bool kSplits = TILES == 4 && GROUPS == 2;      // compiled for split-K too: registers are to spare
     static_assert(TILES % kRowWarps == 0, "tiles are dealt evenly");
 };
 
@@ -122,12 +122,27 @@ struct Projection {
         multiply<T>(acc, a, C::kWarpTiles, from, steps, depth, groups);
     }
 
-    // Bias, activation, residual; then the CTA's pixels go out, 32 bytes of neighbouring channels at a time.
-    LK_DEVICE void store(const Geometry& g, const Place& p, const float* bias, int act, const T* residual, T* out) {
+    // Leaves its sums for the CTA that comes last, or takes all CTAs' if it does.
+    LK_DEVICE bool join(const Geometry& g, const Place& p, const Split& s, int columns, int* flag) {
+        float* mine = sums_of_block(s, g);
+        for_each_output(g, p, [&](int m, int i, int half, int64_t at) {
+            float v[4];
+            four_columns(acc[m][i], half, v);
+            store4(mine + at, v);
+        });
+        if (!comes_last(s, columns, flag)) return false;
+        for_each_output(g, p, [&](int m, int i, int half, int64_t at) {
+            float v[4];
+            add_sums(s, g, at, v);
 #pragma unroll
-        for (int i = 0; i < C::kGroups; i++)
-            if (i < groups) add_bias(acc, i, load4(bias + (first_group + i) * kGroup + lane_index() % 4 * 4));
-        activate(act, acc);
+            for (int c = 0; c < 4; c++) acc[m][i][c / 2][2 * half + c % 2] = v[c];
+        });
+        return true;
+    }
+
+    // f(tile, group, half, where) for this lane's outputs, four neighbouring columns at a time.
+    template <typename F>
+    LK_DEVICE void for_each_output(const Geometry& g, const Place& p, F f) const {
         const int pixels = g.tile_h * g.tile_w;
 #pragma unroll
         for (int m = 0; m < C::kWarpTiles; m++) {
@@ -141,18 +156,28 @@ struct Projection {
 #pragma unroll
                 for (int i = 0; i < C::kGroups; i++) {
                     const int column = (first_group + i) * kGroup + lane_index() % 4 * 4;
-                    if (column >= g.co) continue;
-                    float v[4];
-                    four_columns(acc[m][i], half, v);
-                    if (residual) {
-                        const Float4 r = load4(residual + at + column);
-#pragma unroll
-                        for (int c = 0; c < 4; c++) v[c] += r.v[c];
-                    }
-                    store4(out + at + column, v);
+                    if (column < g.co) f(m, i, half, at + column);
                 }
             }
         }
+    }
+
+    // Bias, activation, residual; then the CTA's pixels go out, 32 bytes of neighbouring channels at a time.
+    LK_DEVICE void store(const Geometry& g, const Place& p, const float* bias, int act, const T* residual, T* out) {
+#pragma unroll
+        for (int i = 0; i < C::kGroups; i++)
+            if (i < groups) add_bias(acc, i, load4(bias + (first_group + i) * kGroup + lane_index() % 4 * 4));
+        activate(act, acc);
+        for_each_output(g, p, [&](int m, int i, int half, int64_t at) {
+            float v[4];
+            four_columns(acc[m][i], half, v);
+            if (residual) {
+                const Float4 r = load4(residual + at);
+#pragma unroll
+                for (int c = 0; c < 4; c++) v[c] += r.v[c];
+            }
+            store4(out + at, v);
+        });
     }
 };
 

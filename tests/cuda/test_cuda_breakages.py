@@ -122,7 +122,7 @@ BREAKAGES = [
     Breakage("separable_conv", "separable_conv.cu", "image < p.g.n && y", "y", "bounds", True),
     Breakage("separable_conv", "separable_conv.cu", " && chunk * kChunk + channel < p.g.c", "", "bounds"),
     Breakage("separable_conv", "window.cuh", "image >= g.n || ", "", "bounds", True),
-    Breakage("separable_conv", "window.cuh", "if (column >= g.co) continue;", "", "bounds"),
+    Breakage("separable_conv", "window.cuh", "if (column < g.co) f(", "f(", "bounds"),
     Breakage("mbconv", "window.cuh", " || y >= g.ho || x >= g.wo", "", "twice"),
     Breakage("mbconv", "mbconv.cu", "image < p.g.n && channel", "channel", "bounds", True),
     Breakage(

@@ -31,10 +31,12 @@ OTHERS = "8.6;8.9;10.0"
 # In two dtypes: four shapes of CTA of two operators; two of lowtention in one launch, and the attention of its three, for four
 # widths of a head; the first and the last of the three.
 KERNELS = 2 * (2 * 4 + 3 * 4 + 2)
+# The shape of mbconv's CTA that several may share.
+KERNELS += 2
 # Five shapes of conv_act's CTA, three of which also pool.
 KERNELS += 2 * (5 + 3)
-# Six shapes of fused_mbconv's CTA, five of gn_mlp's, and the statistics of large images.
-KERNELS += 2 * (6 + 5 + 1)
+# Seven shapes of fused_mbconv's CTA, six of gn_mlp's, and the statistics of large images.
+KERNELS += 2 * (7 + 6 + 1)
 # Those of compute capability 9.0: in two dtypes four shapes of CTA of two operators, two of conv_act, with and without
 # pooling, and two of mbconv.
 TIER = "_sm90"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...choosing.settings import Setting
+from . import split
 from .pack import GROUP, STEP, rounded_up
 from .tiling import CANDIDATES, Device, Tile
 
@@ -52,6 +53,11 @@ class Chain(NamedTuple):
         return self.expand * self.split * GROUP
 
     @property
+    def splits(self) -> bool:
+        """Whether several CTAs may share the expanded channels of the same outputs."""
+        return self.expand == 1
+
+    @property
     def per_processor(self) -> int:
         return 1 if self.tiles * (self.expand + self.groups) * 8 > 96 else 2
 
@@ -75,6 +81,7 @@ CHAINS = (
     Chain(2, 2, 10, 1),
     Chain(1, 4, 16, 1),
     Chain(1, 4, 16, 4),
+    Chain(1, 1, 16, 4),
 )
 
 
@@ -166,17 +173,34 @@ def around(shape: Shape, tile: Tile) -> float:
     return _AROUND + 2 * rows * pitch / L2_BYTES + _statistics(shape, tile)
 
 
-def _cost(shape: Shape, tile: Tile, device: Device) -> float:
-    """Cycles of the busiest multiprocessor."""
-    chain = CHAINS[tile.config]
+def ctas(shape: Shape, tile: Tile) -> int:
+    """CTAs of a launch that is not split."""
     height, width = shape.output
-    pixels = tile.height * tile.width
     if tile.images == 0:
-        tiles = -(-shape.batch * height * width // pixels)
+        tiles = -(-shape.batch * height * width // (tile.height * tile.width))
     else:
         tiles = shape.batch * -(-height // tile.height) * -(-width // tile.width)
-    ctas = tiles * -(-shape.out_channels // chain.columns)
-    depth, expanded = shape.kernel**2 * shape.depth, rounded_up(shape.expanded, chain.chunk)
+    return tiles * -(-shape.out_channels // CHAINS[tile.config].columns)
+
+
+@functools.lru_cache(maxsize=65536)
+def splits(shape: Shape, tile: Tile, device: Device) -> int:
+    """How many CTAs share each one's expanded channels."""
+    chain = CHAINS[tile.config]
+    if not chain.splits:
+        return 1
+    chunks = -(-shape.expanded // chain.chunk)
+    return split.cheapest(ctas(shape, tile), chunks, device, lambda count: _cost(shape, tile, device, count))
+
+
+def _cost(shape: Shape, tile: Tile, device: Device, shared: int | None = None) -> float:
+    """Cycles of the busiest multiprocessor. ``shared``: how many CTAs share the expanded channels; without it as many as
+    :func:`splits` says."""
+    chain = CHAINS[tile.config]
+    pixels = tile.height * tile.width
+    count = splits(shape, tile, device) if shared is None else shared
+    all_ctas = ctas(shape, tile) * count
+    depth, expanded = shape.kernel**2 * shape.depth, rounded_up(-(-shape.expanded // count), chain.chunk)
     # The first product waits for shared memory where one mma needs more bytes than the 256 that pass in its time: it needs
     # 256 / tiles + 256 / expand.
     first = max(1.0, 1 / chain.tiles + 1 / chain.expand)
@@ -186,11 +210,12 @@ def _cost(shape: Shape, tile: Tile, device: Device) -> float:
     busy = max(sum(warp % row_warps < live for warp in range(scheduler, WARPS, 4)) for scheduler in range(4))
     # Of the multiply-adds a cycle, a scheduler has a quarter.
     products = 4 * busy * 16 * chain.tiles * row / chain.split / _MULTIPLY_ADDS * (_ONE_WARP if busy == 1 else 1.0)
-    rate = min(_L2_BYTES_ALONE, L2_BYTES * device.processors / ctas) if ctas < device.processors else L2_BYTES
+    rate = min(_L2_BYTES_ALONE, L2_BYTES * device.processors / all_ctas) if all_ctas < device.processors else L2_BYTES
     weights = 2 * expanded * (depth + chain.columns) / rate
     resident = max(1, min(chain.per_processor, device.shared_per_processor // (shared_bytes(shape, tile) + 1024)))
     alone = _ALONE if resident < 2 else 1.0
-    return -(-ctas // device.processors) * (max(products, weights) * alone + around(shape, tile) / resident)
+    joining = split.joining(count, pixels * min(shape.out_channels, chain.columns))
+    return -(-all_ctas // device.processors) * (max(products, weights) * alone + around(shape, tile) / resident + joining)
 
 
 def _fitting(shape: Shape, device: Device) -> Iterator[Tile]:

@@ -17,17 +17,18 @@ SCHEMAS: dict[str, str] = {
     "conv_act_sm90": "Tensor x, Tensor slabs, Tensor bias, Tensor[] residual, Tensor(a!) out, int kernel, int stride, int padding, "
     "int act, bool pool, int images, int pixels, int column_ctas, int config",
     "mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project, Tensor project_bias, "
-    "Tensor(a!) out, int kernel, int stride, int padding, int act, bool residual, int[] tile",
+    "Tensor(a!) out, Tensor(b!)[] split, int kernel, int stride, int padding, int act, bool residual, int[] tile, int splits",
     "mbconv_sm90": "Tensor x, Tensor slabs, Tensor expand_bias, Tensor dw, Tensor dw_bias, Tensor project_bias, Tensor(a!) out, "
     "int kernel, int stride, int padding, int act, bool residual, int[] tile",
-    "fused_mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor(a!) out, int kernel, "
-    "int stride, int padding, int act, bool residual, int[] tile",
+    "fused_mbconv": "Tensor x, Tensor expand, Tensor expand_bias, Tensor project, Tensor project_bias, Tensor(a!) out, "
+    "Tensor(b!)[] split, int kernel, int stride, int padding, int act, bool residual, int[] tile, int splits",
     "fused_mbconv_sm90": "Tensor x, Tensor slabs, Tensor expand_bias, Tensor project_bias, Tensor(a!) out, int kernel, int stride, "
     "int padding, int act, bool residual, int[] tile",
     "gn_mlp_sm90": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor slabs, Tensor expand_bias, Tensor project_bias, "
     "Tensor(b!)[] partial, Tensor(a!) out, float eps, int act, bool residual, int[] tile",
     "gn_mlp": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor expand, Tensor expand_bias, Tensor project, "
-    "Tensor project_bias, Tensor(b!)[] partial, Tensor(a!) out, float eps, int act, bool residual, int[] tile",
+    "Tensor project_bias, Tensor(b!)[] partial, Tensor(a!) out, Tensor(c!)[] split, float eps, int act, bool residual, int[] tile, "
+    "int splits",
     "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, "
     "Tensor(b!)[] scratch, Tensor(a!) out, float eps, float scale, int heads, int inner, int kernel, int stride, int images, "
     "bool residual",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...choosing.settings import Setting
+from . import split
 from .pack import CHUNK, GROUP, rounded_up
 
 # Elements between pixels of a window and between rows of a tile, as csrc/cuda/window.cuh has them.
@@ -37,16 +38,18 @@ class Device(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A compiled shape: rows of 16 output pixels and columns of a CTA, and how many CTAs its registers leave room for."""
+    """A compiled shape: rows of 16 output pixels and columns of a CTA, how many CTAs its registers leave room for, and whether
+    mbconv is compiled with split-K."""
 
     number: int
     tiles: int
     columns: int
     per_processor: int
+    splits: bool = False
 
 
 # csrc/cuda/window.cuh: LK_CONFIGS.
-CONFIGS = (Config(0, 4, 32, 2), Config(1, 4, 128, 2), Config(2, 4, 256, 1), Config(3, 7, 256, 1))
+CONFIGS = (Config(0, 4, 32, 2), Config(1, 4, 128, 2), Config(2, 4, 256, 1, True), Config(3, 7, 256, 1))
 
 
 class Shape(NamedTuple):
@@ -139,14 +142,31 @@ def _tiles(shape: Shape, config: Config) -> Iterator[Tile]:
                     yield Tile(1, tile_height, tile_width, config.number)
 
 
-def _cost(shape: Shape, tile: Tile, device: Device) -> float:
-    """Relative time of a call: multiply-adds of the busiest multiprocessor, padding included."""
-    config = CONFIGS[tile.config]
+def ctas(shape: Shape, tile: Tile) -> int:
+    """CTAs of a launch that is not split."""
     height, width = shape.output
-    passes = -(-shape.out_channels // config.columns)
-    ctas = -(-shape.batch // tile.images) * -(-height // tile.height) * -(-width // tile.width) * passes
+    passes = -(-shape.out_channels // CONFIGS[tile.config].columns)
+    return -(-shape.batch // tile.images) * -(-height // tile.height) * -(-width // tile.width) * passes
+
+
+@functools.lru_cache(maxsize=65536)
+def splits(shape: Shape, tile: Tile, device: Device) -> int:
+    """How many CTAs share each one's expanded channels."""
+    if not shape.expanded or not CONFIGS[tile.config].splits:
+        return 1
+    chunks = -(-shape.expanded // CHUNK)
+    return split.cheapest(ctas(shape, tile), chunks, device, lambda count: _cost(shape, tile, device, count))
+
+
+def _cost(shape: Shape, tile: Tile, device: Device, shared: int | None = None) -> float:
+    """Relative time of a call: multiply-adds of the busiest multiprocessor, padding included. ``shared``: how many CTAs share the
+    expanded channels; without it as many as :func:`splits` says."""
+    config = CONFIGS[tile.config]
+    count = splits(shape, tile, device) if shared is None else shared
+    all_ctas = ctas(shape, tile) * count
     resident = min(config.per_processor, device.shared_per_processor // (shared_bytes(shape, tile) + 1024))
     middle = rounded_up(shape.expanded or shape.channels, CHUNK)
+    middle = rounded_up(-(-middle // count), CHUNK)
     rows = config.tiles * 16
     # Depthwise multiply-adds run outside of the tensor cores, at about a sixteenth of their rate.
     work = rows * (min(config.columns, rounded_up(shape.out_channels, GROUP)) + 16 * shape.kernel**2)
@@ -156,8 +176,9 @@ def _cost(shape: Shape, tile: Tile, device: Device) -> float:
     work = max(work, 20 * 2 * (rounded_up(shape.channels, 16) * bool(shape.expanded) + config.columns))
     # One CTA alone leaves the multiprocessor idle in its barriers.
     alone = 1.5 if resident < 2 else 1.0
-    waves = -(-ctas // (device.processors * max(1, resident)))
-    return waves * max(1, resident) * work * middle * alone
+    waves = -(-all_ctas // (device.processors * max(1, resident)))
+    elements = tile.images * tile.height * tile.width * min(config.columns, shape.out_channels)
+    return waves * max(1, resident) * work * middle * alone + _MULTIPLY_ADDS * split.joining(count, elements)
 
 
 def _fitting(shape: Shape, device: Device) -> Iterator[Tile]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.cuda import chains, hopper, launch, tiling
+from ...backends.cuda import chains, hopper, launch, split, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import ACTIVATION_NUMBERS, GROUP
 from ...choosing import settings
@@ -94,11 +94,13 @@ def forward(
     shape = _shape(x, conv_weight, project_weight, stride, padding)
     out = launch.empty_nhwc(x, (x.shape[0], project_weight.shape[0], *shape.output))
     last_bias, weights, slabs = packed[0], packed[1:4], packed[4:]
-    tail = last_bias, out, shape.kernel, stride, padding, ACTIVATION_NUMBERS[act], residual
+    tail = shape.kernel, stride, padding, ACTIVATION_NUMBERS[act], residual
     wide = hopper.choose("fused_mbconv", shape, x) if slabs else None
     if wide is not None:
-        torch.ops.lowkernels_cuda.fused_mbconv_sm90.default(launch.aligned(x), *slabs, *tail, wide)
+        torch.ops.lowkernels_cuda.fused_mbconv_sm90.default(launch.aligned(x), *slabs, last_bias, out, *tail, wide)
     else:
-        tile = chains.division(shape, tiling.device_of(x), settings.current())
-        torch.ops.lowkernels_cuda.fused_mbconv.default(launch.aligned(x), *weights, *tail, tile)
+        device = tiling.device_of(x)
+        tile = chains.division(shape, device, settings.current())
+        memory, splits = split.memory(out, chains.splits(shape, tile, device), chains.ctas(shape, tile))
+        torch.ops.lowkernels_cuda.fused_mbconv.default(launch.aligned(x), *weights, last_bias, out, memory, *tail, tile, splits)
     return out

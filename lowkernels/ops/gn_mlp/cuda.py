@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.cuda import chains, hopper, launch, tiling
+from ...backends.cuda import chains, hopper, launch, split, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import ACTIVATION_NUMBERS, GROUP
 from ...choosing import settings
@@ -117,9 +117,10 @@ def forward(
     pieces = chains.pieces(shape, tile)
     partial = [torch.empty(shape.batch, pieces, 2, dtype=torch.float32, device=x.device)] if pieces else []
     out = launch.empty_nhwc(x, (x.shape[0], fc2_weight.shape[0], *x.shape[2:]))
-    tail = last_bias, partial, out, eps, ACTIVATION_NUMBERS[act], residual, tile
+    tail = eps, ACTIVATION_NUMBERS[act], residual, tile
     if wide is not None:
-        torch.ops.lowkernels_cuda.gn_mlp_sm90.default(launch.aligned(x), *norm, *slabs, *tail)
+        torch.ops.lowkernels_cuda.gn_mlp_sm90.default(launch.aligned(x), *norm, *slabs, last_bias, partial, out, *tail)
     else:
-        torch.ops.lowkernels_cuda.gn_mlp.default(launch.aligned(x), *norm, *weights, *tail)
+        memory, splits = split.memory(out, chains.splits(shape, tile, tiling.device_of(x)), chains.ctas(shape, tile))
+        torch.ops.lowkernels_cuda.gn_mlp.default(launch.aligned(x), *norm, *weights, last_bias, partial, out, memory, *tail, splits)
     return out

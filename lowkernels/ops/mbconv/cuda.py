@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.cuda import hopper_mbconv, launch, tiling
+from ...backends.cuda import hopper_mbconv, launch, split, tiling
 from ...backends.cuda import pack as packing
 from ...backends.cuda.pack import ACTIVATION_NUMBERS, CHUNK, GROUP
 
@@ -124,13 +124,15 @@ def forward(
         packed = pack(expand_weight, expand_bias, dw_weight, dw_bias, project_weight, project_bias, act, stride)
     shape = _shape(x, expand_weight, dw_weight, project_weight, stride, padding)
     out = launch.empty_nhwc(x, (x.shape[0], project_weight.shape[0], *shape.output))
-    tail = out, shape.kernel, stride, padding, ACTIVATION_NUMBERS[act], residual
+    tail = shape.kernel, stride, padding, ACTIVATION_NUMBERS[act], residual
     expand, first_bias, dw, second_bias, project, last_bias, *slabs = packed
     middle = first_bias, dw, second_bias
     wide = hopper_mbconv.choose(shape, x) if slabs else None
     if wide is not None:
-        torch.ops.lowkernels_cuda.mbconv_sm90.default(launch.aligned(x), *slabs, *middle, last_bias, *tail, wide)
+        torch.ops.lowkernels_cuda.mbconv_sm90.default(launch.aligned(x), *slabs, *middle, last_bias, out, *tail, wide)
     else:
         tile = launch.tile_for(shape, x)
-        torch.ops.lowkernels_cuda.mbconv.default(launch.aligned(x), expand, *middle, project, last_bias, *tail, tile)
+        memory, splits = split.memory(out, tiling.splits(shape, tile, tiling.device_of(x)), tiling.ctas(shape, tile))
+        weights = expand, *middle, project, last_bias
+        torch.ops.lowkernels_cuda.mbconv.default(launch.aligned(x), *weights, out, memory, *tail, tile, splits)
     return out

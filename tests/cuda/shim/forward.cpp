@@ -27,7 +27,7 @@ namespace lowkernels {
 extern "C" {
 FORWARD(lowkernels_conv_act, ConvAct)
 FORWARD(lowkernels_separable_conv, SeparableConv)
-FORWARD(lowkernels_mbconv, MBConv)
+FORWARD(lowkernels_mbconv, SplitMBConv)
 FORWARD(lowkernels_fused_mbconv, ExpandProject)
 FORWARD(lowkernels_conv_act_sm90, ConvAct)
 FORWARD(lowkernels_fused_mbconv_sm90, ExpandProject)

@@ -12,7 +12,7 @@
 //   input          a write to an input
 //   twice          an output byte written twice
 //   missing        an output byte never written
-//   same-launch    a read of what another block of the same launch may still have to write
+//   same-launch    a read of what another block of the same launch may still have to write, or has in its L1 cache
 //   misaligned     an access that is not aligned to its size
 //   divergent      lanes of a warp meet at different instructions
 //   deadlock       threads wait for others that have left
@@ -24,6 +24,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -72,7 +73,8 @@ struct Cell {
     bool pending = false;
 };
 
-// Of each byte of an output: 0, or the number of the launch that wrote it. Kept byte by byte, or as a table where that is too much.
+// Of each byte of an output: 0, or the number of the launch that wrote it, with kReleased if its block has since taken a ticket. Kept byte by byte, or as a table where that is too much.
+constexpr uint32_t kReleased = 0x80000000u;
 struct Written {
     std::vector<uint32_t> dense;
     std::unordered_map<size_t, uint32_t> sparse;
@@ -88,6 +90,7 @@ struct Range {
     bool output;
     Written written;
     std::vector<long> read_by;  // where reads are counted: of each two bytes, the last block that read them
+    bool tickets = false;       // of which not all need be taken
 };
 
 // Bytes of a tensor that a launch moves. `asked`: what warps ask for, each byte once an instruction, as memory serves a warp; the L2
@@ -195,6 +198,8 @@ struct State {
     bool counting = false;
     std::map<std::pair<uint32_t, const unsigned char*>, Traffic> traffic;  // (launch, where the tensor begins)
     std::unordered_set<Read, ReadHash> reads;                             // of this block
+    std::vector<uint32_t*> block_writes;  // this block's since its last ticket: what is known of each byte
+    bool took_ticket = false;
 } S;
 
 // Where in the kernel: a return address, or a line.
@@ -303,7 +308,8 @@ void count(Range& range, const unsigned char* p, int bytes, bool write, uintptr_
         if (std::exchange(range.read_by[cell], S.blocks_run + 1) != S.blocks_run + 1) traffic.once += 2;
 }
 
-void access(const void* address, int bytes, bool write, const Where& pc) {
+// `fresh`: past the L1 cache.
+void access(const void* address, int bytes, bool write, const Where& pc, bool fresh = false) {
     const auto* p = static_cast<const unsigned char*>(address);
     if (inside(p, S.stacks + S.current * kStack, kStack)) {
         for (const unsigned char* word = p - reinterpret_cast<uintptr_t>(p) % 4; word < p + bytes; word += 4) {
@@ -348,10 +354,13 @@ void access(const void* address, int bytes, bool write, const Where& pc) {
         if (write) {
             if (by) report("twice", pc, "output byte " + std::to_string(b - range->begin));
             by = S.launches;
+            S.block_writes.push_back(&by);
         } else if (!by) {
             report("unwritten", pc, "read of an output byte that nothing wrote");
         } else if (by == S.launches) {
-            report("same-launch", pc, "read of what this launch wrote");
+            report("same-launch", pc, "read of what this launch wrote, with no ticket after it");
+        } else if (by == (S.launches | kReleased) && !(fresh && S.took_ticket)) {
+            report("same-launch", pc, S.took_ticket ? "read from the L1 cache of what this launch wrote" : "read before a ticket was taken");
         }
     }
 }
@@ -685,10 +694,13 @@ void run_block() {
         warpgroup = {};
     }
     S.reads.clear();
+    S.block_writes.clear();
+    S.took_ticket = false;
     S.first_epoch = ++S.block_epoch;
     for (auto& epoch : S.warp_epoch) epoch++;
 
-    // Schedule 0 runs warps in turn, lanes upwards. Schedule 1 lets warps run ahead in a random order, lanes downwards.
+    // Schedule 0 runs warps in turn, lanes upwards, and blocks too. Schedule 1 lets warps run ahead in a random order, lanes downwards;
+    // blocks come in a random order.
     const int warps = S.threads / kWarp;
     std::vector<int> order(warps);
     for (int i = 0; i < warps; i++) order[i] = i;
@@ -781,6 +793,27 @@ void shim_cp_async(void* to, const void* from, int bytes, int valid) {
     fiber.copies.push_back({at, valid ? static_cast<const unsigned char*>(from) : nullptr, bytes, fiber.groups});
 }
 
+int shim_ticket(unsigned* next, int count) {
+    const Where pc{reinterpret_cast<uintptr_t>(__builtin_return_address(0))};
+    Range* range = find_range(reinterpret_cast<unsigned char*>(next), 4);
+    if (!range || !range->output || reinterpret_cast<uintptr_t>(next) % 4) {
+        report("bounds", pc, "a ticket from outside of every output");
+        give_up();
+    }
+    range->tickets = true;
+    for (uint32_t* by : S.block_writes) *by |= kReleased;
+    S.block_writes.clear();
+    S.took_ticket = true;
+    const unsigned mine = *next;
+    *next = mine >= static_cast<unsigned>(count) - 1 ? 0 : mine + 1;
+    return static_cast<int>(mine);
+}
+
+void shim_load4_fresh(float* to, const float* from) {
+    access(from, 16, false, {reinterpret_cast<uintptr_t>(__builtin_return_address(0))}, true);
+    std::memcpy(to, from, 16);
+}
+
 void shim_cp_async_commit() { S.fibers[S.current].groups++; }
 void shim_cp_async_wait(int pending) { land(S.fibers[S.current], pending); }
 
@@ -819,8 +852,15 @@ int shim_launch(void (*body)(const void*), const void* params, long long grid_x,
     S.host_stack = static_cast<const unsigned char*>(__builtin_frame_address(0));
     S.running = true;
     const int first = S.only_last ? static_cast<int>(std::max(0LL, grid_x - S.only_last)) : 0;
-    for (S.by = 0; S.by < grid_y && !S.gave_up; S.by++)
-        for (S.bx = first; S.bx < grid_x && !S.gave_up; S.bx++, S.blocks_run++) run_block();
+    std::vector<std::pair<int, int>> blocks;
+    for (int y = 0; y < grid_y; y++)
+        for (int x = first; x < grid_x; x++) blocks.emplace_back(x, y);
+    if (S.schedule)
+        for (size_t i = blocks.size(); i > 1; i--) std::swap(blocks[i - 1], blocks[random_number() % i]);
+    for (auto block = blocks.begin(); block != blocks.end() && !S.gave_up; block++, S.blocks_run++) {
+        std::tie(S.bx, S.by) = *block;
+        run_block();
+    }
     S.running = false;
     return S.gave_up;
 }
@@ -849,7 +889,7 @@ void shim_announce(const void* data, size_t bytes, int output) {
     for (const Range& r : S.ranges)
         if (r.begin == begin && r.end == begin + bytes && r.output == static_cast<bool>(output)) return;
     std::erase_if(S.ranges, [&](const Range& r) { return begin < r.end && r.begin < begin + bytes; });
-    S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), Written(output ? bytes : 0), {}});
+    S.ranges.push_back({begin, begin + bytes, static_cast<bool>(output), Written(output ? bytes : 0), {}, false});
 }
 
 // One report a line: kind, place (file:line, or +offset in the kernels' library), how often, text.
@@ -858,7 +898,7 @@ const char* shim_end() {
     text.clear();
     S.current = -1;
     for (const Range& r : S.ranges)
-        if (r.output && !S.only_last)
+        if (r.output && !r.tickets && !S.only_last)
             if (const long missing = std::count(r.written.dense.begin(), r.written.dense.end(), 0u))
                 report("missing", {}, std::to_string(missing) + " of " + std::to_string(r.end - r.begin) + " bytes of an output");
     for (const auto& [key, entry] : S.reports)

@@ -31,6 +31,8 @@ void shim_wgmma_fence();
 void shim_wgmma_commit();
 void shim_wgmma_wait(int pending, const char* file, int line);
 void shim_fence_proxy_async();
+int shim_ticket(unsigned* next, int count);
+void shim_load4_fresh(float* to, const float* from);
 int shim_launch(void (*body)(const void*), const void* params, long long grid_x, int grid_y, int threads, size_t shared);
 }
 
@@ -55,6 +57,13 @@ LK_DEVICE void mma(half_t, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 }
 LK_DEVICE void mma(bf16_t, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, LK_HERE) {
     shim_mma(d, a, b0, b1, 1, file, line);
+}
+
+LK_DEVICE int take_ticket(unsigned* next, int count) { return shim_ticket(next, count); }
+LK_DEVICE Float4 load4_fresh(const float* from) {
+    Float4 v;
+    shim_load4_fresh(v.v, from);
+    return v;
 }
 
 template <int BYTES>
