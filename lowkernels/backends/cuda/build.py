@@ -2,8 +2,8 @@
 
 They are compiled by the user's nvcc, g++ and ninja into a cache directory, once for each version of the sources, the
 first time an operator asks for them on a machine with a GPU; never at import. ``lowkernels build --cuda`` does it ahead of time and
-needs no GPU. ``python -m lowkernels.backends.cuda.build --output FOLDER`` puts the library into a folder; the one that this file is
-in is looked into before the cache. The library uses PyTorch's stable ABI: one file serves PyTorch 2.10 and every later one.
+needs no GPU; with ``--output`` it puts the library into a folder, and the one that this file is in is looked into before the cache.
+The library uses PyTorch's stable ABI: one file serves PyTorch 2.10 and every later one.
 
 Environment variables: ``TORCH_CUDA_ARCH_LIST``, compute capabilities to compile for, such as ``"8.0;9.0a+PTX"`` (default: those of
 the GPUs here for a build on first use, :data:`ARCHITECTURES` and PTX for later ones ahead of time); ``CUDA_HOME``, where nvcc is if
@@ -282,8 +282,8 @@ def load_library(path: Path) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: build ahead of time."""
-    parser = argparse.ArgumentParser(prog="python -m lowkernels.backends.cuda.build", description="Build the CUDA kernels.")
+    """``lowkernels build --cuda``: build ahead of time."""
+    parser = argparse.ArgumentParser(prog="lowkernels build --cuda", description="Build the CUDA kernels.")
     parser.add_argument("--output", type=Path, help="folder to put the library into (default: the cache)")
     parser.add_argument("--objects", type=Path, help="with --output, folder to keep object files in (default: none)")
     asked = parser.parse_args(arguments)
@@ -299,7 +299,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(path)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
