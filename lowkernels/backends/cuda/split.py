@@ -51,6 +51,9 @@ class _Tickets:
     def __init__(self, device: torch.device) -> None:
         self._turns, self._captured = (torch.zeros(_TICKETS, dtype=torch.int32, device=device) for _ in range(2))
         self._next, self._taken = 0, 0
+        if device.type == "cuda":
+            # Other streams do not wait for what this one writes.
+            torch.cuda.current_stream(device).synchronize()
 
     def take(self, count: int, captured: bool) -> Tensor | None:
         count = rounded_up(count, 4)  # they start on 16 bytes
