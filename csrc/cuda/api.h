@@ -73,6 +73,7 @@ struct Lowtention {
     int heads, inner;            // channels of all heads together, each head rounded up to 16
     int kernel, stride;
     int images;  // of one CTA; 1 for three launches
+    int shares;  // CTAs with the same images, each with a share of the outputs; 1 for three launches
     float eps, scale;  // scale: 1 / sqrt(channels of a head), not rounded up
     const void* x;
     const float *norm_weight, *norm_bias;  // null: no normalisation

@@ -360,11 +360,14 @@ void gn_mlp_sm90(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor slabs, T
 }
 
 void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, std::vector<Tensor> scratch, Tensor out,
-                double eps, double scale, int64_t heads, int64_t inner, int64_t kernel, int64_t stride, int64_t images, bool residual) {
+                double eps, double scale, int64_t heads, int64_t inner, int64_t kernel, int64_t stride, int64_t images, int64_t shares,
+                bool residual) {
     const Call call("lowkernels_cuda::lowtention", x);
     STD_TORCH_CHECK(stride == 1 || stride == 2, "lowkernels_cuda::lowtention: argument stride: is ", stride, "; allowed are 1 and 2");
     STD_TORCH_CHECK(heads > 0 && inner % (16 * heads) == 0, "lowkernels_cuda::lowtention: argument inner: is ", inner, " for ", heads, " heads");
     STD_TORCH_CHECK(images > 0 && (images == 1 || scratch.empty()), "lowkernels_cuda::lowtention: argument images: is ", images,
+                    "; allowed is 1, or more without scratch");
+    STD_TORCH_CHECK(shares > 0 && (shares == 1 || scratch.empty()), "lowkernels_cuda::lowtention: argument shares: is ", shares,
                     "; allowed is 1, or more without scratch");
     lk::Lowtention p{};
     auto extent = [](const Tensor& t, int i) { return static_cast<int>(t.size(i)); };
@@ -375,7 +378,7 @@ void lowtention(Tensor x, std::vector<Tensor> norm, Tensor dw, Tensor dw_bias, T
     p.grid_h = static_cast<int>((p.h + stride - 1) / stride), p.grid_w = static_cast<int>((p.w + stride - 1) / stride);
     p.tokens = p.grid_h * p.grid_w;
     p.heads = static_cast<int>(heads), p.inner = static_cast<int>(inner);
-    p.kernel = static_cast<int>(kernel), p.stride = static_cast<int>(stride), p.images = static_cast<int>(images);
+    p.kernel = static_cast<int>(kernel), p.stride = static_cast<int>(stride), p.images = static_cast<int>(images), p.shares = static_cast<int>(shares);
     p.eps = static_cast<float>(eps), p.scale = static_cast<float>(scale);
     const int64_t depth = rounded_up(p.c, kGroup), columns = rounded_up(p.co, kGroup), taps = stride == 1 ? 9 : 16;
     p.x = call.image(x, "x");

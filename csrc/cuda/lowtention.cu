@@ -8,6 +8,9 @@
 // any row address, so nothing is copied. No row's result depends on what other rows there are: an image's is the same to the last bit
 // in whatever company.
 //
+// With fewer images than multiprocessors several CTAs have the same images: each does all up to attention again, and a share of the
+// transposed convolution, which is most of the products and weights.
+//
 // Budget of a CTA (256 threads), with c channels and the inner channels i of all heads rounded up to 16, and m images, whose r tokens
 // are rounded up to 16; blocks are of b rows, 64 for one image or up to 64 tokens together, 128 else:
 //   shared memory  2 (c + 8) min(b, r) + 2 (r + 1) (3 i + 8) + 16 r + 72 m bytes: an image of 49 tokens 43.5 KB for c 128, i 64, and
@@ -290,7 +293,9 @@ LK_DEVICE void upsample(const Lowtention& p, const Row* rows, int count, uint32_
     const int groups = ceil_div(p.co, kGroup), pairs = ceil_div(groups, GROUPS), blocks = ceil_div(count, TILES * 16);
     const T* x = static_cast<const T*>(p.x);
     T* out = static_cast<T*>(p.out);
-    for (int task = warp_index(); task < p.stride * p.stride * blocks * pairs; task += kWarps) {
+    // Neighbouring tasks are of different CTAs, and a CTA's of different schedulers.
+    const int share = block_x() % p.shares;
+    for (int task = warp_index() * p.shares + share; task < p.stride * p.stride * blocks * pairs; task += kWarps * p.shares) {
         const int group = task % pairs * GROUPS, first = task / pairs % blocks * TILES * 16, parity = task / pairs / blocks;
         const int py = parity / p.stride, px = parity % p.stride, tiles = (count - first) / 16;
         float acc[TILES][GROUPS][2][4];
@@ -343,7 +348,7 @@ LK_KERNEL(kThreads, STEPS > 2 || TILES > 4 ? 1 : 2)
 lowtention(Lowtention p) {
     constexpr int block = TILES * 16, at_once = TILES / 4;
     const int depth = ceil_div(p.c, 16) * 16, length = row_length(3 * p.inner);
-    const int image = block_x() * p.images, images = smaller(p.images, p.n - image);
+    const int image = block_x() / p.shares * p.images, images = smaller(p.images, p.n - image);
     const int rows = ceil_div(images * p.tokens, 16) * 16;
     T* tile = reinterpret_cast<T*>(dynamic_shared());
     T* qkv = tile + smaller(rows, block) * row_length(depth);
@@ -478,7 +483,7 @@ int launch_one(const Lowtention& p, void* stream) {
     const size_t depth = (p.c + 15) / 16 * 16, rows = (p.images * p.tokens + 15) / 16 * 16, block = TILES * 16;
     const size_t tile = 2 * (rows < block ? rows : block) * (depth + 8), qkv = 2 * (rows + 1) * (3 * p.inner + 8);
     const size_t shared = tile + qkv + rows * sizeof(Row) + p.images * (sizeof(Statistics) + 2 * kWarps * sizeof(float));
-    return launch(lowtention<T, STEPS, TILES>, {(p.n + p.images - 1) / p.images, 1}, kThreads, shared, stream, p);
+    return launch(lowtention<T, STEPS, TILES>, {int64_t{(p.n + p.images - 1) / p.images} * p.shares, 1}, kThreads, shared, stream, p);
 }
 
 template <typename T, int STEPS>

@@ -136,7 +136,9 @@ BREAKAGES = [
     Breakage("lowtention", "lowtention.cu", "j >= 0 && j < p.grid_w", "j < p.grid_w", NUMBERS),
     # Several images a CTA: where each begins, whose statistics, keys and queries, and what the last CTA has not.
     Breakage("lowtention", "lowtention.cu", "smaller(p.images, p.n - image)", "p.images", "bounds", True),
-    Breakage("lowtention", "lowtention.cu", "block_x() * p.images, images", "block_x(), images", "twice", True),
+    Breakage(
+        "lowtention", "lowtention.cu", "block_x() / p.shares * p.images, images", "block_x() / p.shares, images", "twice", True
+    ),
     Breakage("lowtention", "lowtention.cu", "from[n] = x + r.number * size", "from[n] = x + 0 * size", NUMBERS, True),
     Breakage("lowtention", "lowtention.cu", "statistics[r.number]", "statistics[0]", NUMBERS, True),
     Breakage("lowtention", "lowtention.cu", "load4(x + (first + n) * size", "load4(x + first * size", NUMBERS, True),

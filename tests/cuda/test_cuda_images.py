@@ -42,16 +42,27 @@ ODD: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+# Shares of the transposed convolution, or what the plan says.
+SHARES = {"of": 1}
+PLANNED = cuda.shares_of
+
+
 @pytest.fixture(autouse=True)
 def larger_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "SMALLEST", H200)
+    monkeypatch.setattr(cuda, "shares_of", lambda *args: SHARES["of"])
 
 
-def run(library: Path, args: tuple[Any, ...], images: int, schedule: int = 0) -> torch.Tensor:
-    with settings.using({"images": images}), execution.watched(library, execution.SCHEDULES[schedule]) as outcome:
+def run(library: Path, args: tuple[Any, ...], images: int, schedule: int = 0, shares: int = 1) -> torch.Tensor:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        settings.using({"images": images}),
+        execution.watched(library, execution.SCHEDULES[schedule]) as outcome,
+    ):
+        patch.setitem(SHARES, "of", shares)
         result = execution.run("lowtention", args)
     assert not outcome.reports, "\n".join(outcome.reports)
-    assert outcome.blocks == -(-args[0].shape[0] // images)
+    assert outcome.blocks == -(-args[0].shape[0] // images) * shares
     return result
 
 
@@ -64,6 +75,28 @@ def test_same_as_one_image(kernels: Path, images: int, shape: dict[str, Any], dt
         assert torch.equal(run(kernels, call.args, images, schedule), alone)
     with settings.using({"images": images}), execution.watched(kernels):
         check_call(*call, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("images", "shape"), [*ODD[:4], (1, {"height": 12, "width": 13, "batch": 1, "out_channels": 100})])
+def test_same_with_several_ctas_an_image(kernels: Path, images: int, shape: dict[str, Any], dtype: str) -> None:
+    call = random_call("lowtention", dtype=DTYPES[dtype], **{"channels": 20, "num_heads": 2, "head_dim": 12, **shape})
+    alone = run(kernels, call.args, 1)
+    # Seven: more than there is to do in most of them.
+    for schedule, shares in enumerate((2, 7)):
+        assert torch.equal(run(kernels, call.args, images, schedule, shares), alone)
+
+
+def test_several_ctas_an_image_only_where_multiprocessors_are_idle() -> None:
+    def chosen(batch: int, stride: int = 1, channels: int = 256, tokens: int = 49, images: int = 1) -> int:
+        return PLANNED(batch, channels, tokens, stride, images, H200)
+
+    # A task for each scheduler: 64 rows and 32 columns of one parity.
+    assert [chosen(batch) for batch in (0, 1, 66, 67, 256)] == [1, 2, 2, 1, 1]
+    assert [chosen(batch, 2, 128) for batch in (1, 33, 34, 66, 67)] == [4, 4, 3, 2, 1]
+    assert chosen(1, 1, 20) == 1
+    assert chosen(1, 1, 256, 256) == 8
+    assert chosen(130, images=2) == 2
 
 
 @pytest.mark.parametrize("size", [7, 8])

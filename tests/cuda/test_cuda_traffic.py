@@ -14,6 +14,7 @@ import torch
 from lowkernels.backends.cuda import chains, hopper, hopper_conv, hopper_mbconv, library, tiling
 from lowkernels.choosing import settings
 from lowkernels.ops.conv_act import cuda as conv_act
+from lowkernels.ops.lowtention import cuda as lowtention
 from lowkernels.testing import random_call
 from tests.cuda import execution, traffic
 from tests.cuda.execution import Traffic
@@ -195,12 +196,25 @@ def attention(shape: dict[str, Any]) -> traffic.Attention:
     return traffic.Attention(s["batch"], s["channels"], *sides, s["num_heads"], inner, s["norm"], True)
 
 
+@pytest.fixture
+def undivided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image has several CTAs."""
+    monkeypatch.setattr(lowtention, "shares_of", lambda *args: 1)
+
+
+@pytest.mark.usefixtures("undivided")
 def test_lowtention_of_several_images(kernels: Path) -> None:
     shape = {**ATTENTION[0], "batch": 5}
     with settings.using({"images": 2}):
         agree(counted(kernels, "lowtention", **shape), traffic.lowtention(attention(shape), 2))
 
 
+def test_lowtention_of_several_ctas_an_image(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowtention, "shares_of", lambda *args: 3)
+    agree(counted(kernels, "lowtention", **ATTENTION[0]), traffic.lowtention(attention(ATTENTION[0]), shares=3))
+
+
+@pytest.mark.usefixtures("undivided")
 @pytest.mark.parametrize("shape", ATTENTION)
 def test_lowtention(kernels: Path, shape: dict[str, Any]) -> None:
     call = attention(shape)

@@ -244,18 +244,18 @@ class Attention(NamedTuple):
         return depth * 3 * self.inner * HALF, taps * self.inner * depth * HALF
 
 
-def lowtention(call: Attention, images: int = 1) -> Moved:
-    """csrc/cuda/lowtention.cu in one launch, so many images a CTA."""
+def lowtention(call: Attention, images: int = 1, shares: int = 1) -> Moved:
+    """csrc/cuda/lowtention.cu in one launch, so many images a CTA, and CTAs with the same images."""
     ctas = -(-call.batch // images)
     qkv, up = call.weights()
     # All weights come once for each block of tokens of a CTA; the last CTA may have fewer images.
     rows = _TOKENS if images == 1 or images * call.tokens <= _TOKENS else 2 * _TOKENS
     blocks = sum(-(-min(images, call.batch - first) * call.tokens // rows) for first in range(0, call.batch, images))
-    asked = call.image * (2 * call.norm + call.residual) + call.taps() * call.channels * HALF
+    asked = call.image * (2 * shares * call.norm + call.residual) + shares * call.taps() * call.channels * HALF
     return Moved(
         {
-            "x": Traffic(call.batch * asked, call.batch * call.image, 0),
-            "qkv": Traffic(blocks * qkv, ctas * qkv, 0),
+            "x": Traffic(call.batch * asked, shares * call.batch * call.image, 0),
+            "qkv": Traffic(shares * blocks * qkv, shares * ctas * qkv, 0),
             "up": Traffic(blocks * up, ctas * up, 0),
             "out": Traffic(0, 0, call.batch * call.image),
         }

@@ -31,7 +31,7 @@ SCHEMAS: dict[str, str] = {
     "int splits",
     "lowtention": "Tensor x, Tensor[] norm, Tensor dw, Tensor dw_bias, Tensor qkv, Tensor up, Tensor up_bias, "
     "Tensor(b!)[] scratch, Tensor(a!) out, float eps, float scale, int heads, int inner, int kernel, int stride, int images, "
-    "bool residual",
+    "int shares, bool residual",
 }
 
 

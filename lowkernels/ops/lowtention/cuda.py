@@ -23,6 +23,8 @@ MAX_SHARED_TOKENS = 128
 _ROWS = 64
 _TABLE = 16
 _STATISTICS = 8 + 2 * 8 * 4
+# Of a multiprocessor.
+_SCHEDULERS = 4
 
 
 def shared_bytes(channels: int, inner: int, tokens: int, images: int = 1) -> int:
@@ -55,6 +57,18 @@ def images_of(batch: int, channels: int, inner: int, tokens: int, device: tiling
         return images * math.ceil(ctas / device.processors)
 
     return tuple(sorted(able, key=lambda images: (busiest(images), -images)))
+
+
+def shares_of(batch: int, out_channels: int, tokens: int, stride: int, images: int, device: tiling.Device) -> int:
+    """How many CTAs have the same images, each with a share of the transposed convolution.
+
+    No more than there are multiprocessors, and than leave each scheduler of a multiprocessor a warp with 64 or 128 rows and 32
+    columns to do.
+    """
+    rows = MAX_SHARED_TOKENS if images > 1 and images * tokens > _ROWS else _ROWS
+    tasks = stride**2 * math.ceil(images * tokens / rows) * math.ceil(out_channels / (2 * GROUP))
+    idle = device.processors // math.ceil(batch / images) if batch else 1
+    return max(1, min(idle, math.ceil(tasks / _SCHEDULERS)))
 
 
 def _grid(x: Tensor, stride: int) -> tuple[int, int]:
@@ -190,14 +204,14 @@ def forward(
     inner = _inner(up_weight, num_heads)
     height, width = _grid(x, stride)
     scratch: list[Tensor] = []
-    images = 1
+    images = shares = 1
     if _fused(dw_weight, inner, height * width):
         able = images_of(x.shape[0], x.shape[1], inner, height * width, tiling.device_of(x))
         asked = settings.current()
         images = asked["images"] if asked.keys() == {"images"} and asked["images"] in able else able[0]
+        shares = shares_of(x.shape[0], up_weight.shape[1], height * width, stride, images, tiling.device_of(x))
     else:
         scratch = [x.new_empty(x.shape[0], height * width, channels) for channels in (3 * inner, inner)]
-    torch.ops.lowkernels_cuda.lowtention.default(
-        launch.aligned(x), norm, *weights, scratch, out, eps, scale, num_heads, inner, dw_weight.shape[2], stride, images, residual
-    )
+    sizes = num_heads, inner, dw_weight.shape[2], stride, images, shares
+    torch.ops.lowkernels_cuda.lowtention.default(launch.aligned(x), norm, *weights, scratch, out, eps, scale, *sizes, residual)
     return out
