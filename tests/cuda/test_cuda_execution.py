@@ -304,7 +304,7 @@ def test_tokens_that_fit_larger_gpus_only(kernels: Path, monkeypatch: pytest.Mon
         with execution.watched(kernels) as outcome:
             execution.run("lowtention", call.args)
         blocks.append(outcome.blocks)
-    # Four blocks of tokens, two of queries for each of two heads, four of tokens again; or four CTAs, each with a share of the output.
+    # Four blocks of tokens, two of queries for each of two heads, four of tokens again; or four CTAs that share the output.
     assert blocks == [4 + 4 + 4, 4]
 
 
