@@ -157,7 +157,7 @@ def _read_file(path: Path) -> Any:
     if name.endswith((".pt", ".pth", ".pth.tar")):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
             raise CheckpointError(
                 f"checkpoint {os.fspath(path)!r} cannot be read as plain weights (weights_only=True): "
                 "save it as torch.save(model.state_dict(), path). "

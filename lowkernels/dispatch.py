@@ -151,8 +151,10 @@ def kernel(operator: str, backend: str) -> Kernel | None:
     return cast(Kernel, importlib.import_module(name))
 
 
-# Outcomes of self-checks: None for passed, or under way.
+# Outcomes of self-checks, None for passed; those under way; and who may check: others wait, but the check's own calls do not.
 _checked: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+_under_way: set[tuple[str, str, torch.device, torch.dtype]] = set()
+_checking = threading.RLock()
 
 
 def _self_check(operator: str, backend: str, like: torch.Tensor) -> str | None:
@@ -163,8 +165,15 @@ def _self_check(operator: str, backend: str, like: torch.Tensor) -> str | None:
         if like.is_cuda and torch.cuda.is_current_stream_capturing():
             # Nothing else may run in a capture; those who capture warm up first.
             return None
-        _checked[key] = None
-        _checked[key] = selfcheck.failure(operator, backend, like.device, like.dtype)
+        with _checking:
+            if key in _under_way:
+                return None
+            if key not in _checked:
+                _under_way.add(key)
+                try:
+                    _checked[key] = selfcheck.failure(operator, backend, like.device, like.dtype)
+                finally:  # interrupted, it has proven nothing
+                    _under_way.discard(key)
     return _checked[key]
 
 

@@ -13,11 +13,13 @@ where folding changes nothing; and stand-ins, where weights packed for a backend
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import dispatch
 from ..dispatch import Choice
@@ -47,6 +49,18 @@ def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
 
 
+def _count_fused_writes(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    """Kernels of optimizers with ``fused=True`` leave the versions as they were of the parameters they write."""
+    if torch.compiler.is_compiling():
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version([p for p in group["params"] if not p.is_inference()])
+
+
+register_optimizer_step_post_hook(_count_fused_writes)
+
+
 class FusedBlock(nn.Module):
     """A block of a model that runs as one operator in eval mode. Use its subclasses.
 
@@ -71,6 +85,11 @@ class FusedBlock(nn.Module):
     _last_call: tuple[Choice, int] | None
     _prepared: dict[tuple[Any, ...], Prepared]
     _lead: tuple[Any]
+    # Of every child its attributes; and the dicts of children with what is in them. Blocks that are their only part have none.
+    _attributes_of_children: Sequence[dict[str, Any]] = ()
+    _places_of_children: Sequence[tuple[dict[str, Any], tuple[Any, ...]]] = ()
+    # Whether this is a copy of a block with other children than it was made with.
+    _exchanged: bool = False
 
     def _setup(self, parts: dict[str, str | None], config: dict[str, Any], backend: str, original: nn.Module | None = None) -> None:
         self.backend = dispatch.check_name(backend, f"lowkernels.nn.{type(self).__name__}: ")
@@ -106,7 +125,11 @@ class FusedBlock(nn.Module):
     @property
     def original(self) -> nn.Module | None:
         """The module this block was made from; None if it was not made from one, or is frozen."""
-        return self._original[0]
+        original = self._original[0]
+        if original is not None:
+            # Its children are this block's, whatever was put in the place of one.
+            original._modules.update(self._modules)
+        return original
 
     @property
     def operator(self) -> Operator:
@@ -179,11 +202,21 @@ class FusedBlock(nn.Module):
         return out
 
     def must_run_its_children(self) -> bool:
-        """Whether a child was left in train mode (BatchNorm, dropout), or is watched by a hook."""
+        """Whether a child was left in train mode (BatchNorm, dropout), is watched by a hook, was exchanged or given a forward of
+        its own. Traces do not ask about the last two."""
         for module in self._mode_sensitive:
             if module.training:
                 return True
-        return any(self._hooks_of_children)
+        return any(self._hooks_of_children) or not (torch.compiler.is_compiling() or self.has_its_children())
+
+    def has_its_children(self) -> bool:
+        """Whether every child is the module it was, with the forward of its class."""
+        if self._exchanged:
+            return False
+        for place, before in self._places_of_children:
+            if tuple(place.values()) != before:
+                return False
+        return not any("forward" in attributes for attributes in self._attributes_of_children)
 
     def backend_argument(self) -> str | None:
         """The operator's ``backend`` argument: None asks the context and the environment."""
@@ -266,6 +299,8 @@ class FusedBlock(nn.Module):
             m for m in children if isinstance(m, nn.BatchNorm2d) or (not m._modules and not isinstance(m, _MODELESS))
         ]
         self._hooks_of_children = [d for m in children for d in hook_dicts(m)]
+        self._attributes_of_children = [m.__dict__ for m in children]
+        self._places_of_children = [(m._modules, tuple(m._modules.values())) for m in (self, *children) if m._modules]
         # In a tuple, so that it is not a child. Frozen blocks have none.
         self._lead = (self._part(self._CONVS[0]),)
 
@@ -495,7 +530,7 @@ class FusedBlock(nn.Module):
 
     def _refresh(self) -> None:
         """In eval mode, make the weights now if need be, so that a trace or a capture finds them."""
-        if self.training or self._frozen:
+        if self.training or self._frozen or not self.has_its_children():
             return
         if any(type(t) not in _PLAIN_TENSORS or t.is_meta for _, _, t in self._sources()):
             return
@@ -508,6 +543,8 @@ class FusedBlock(nn.Module):
         """Make the folded and packed weights from the parameters again, whatever the version counters say, in place."""
         if self._frozen:
             raise FrozenError(f"lowkernels.nn.{type(self).__name__}: was frozen, so there are no parameters to repack from")
+        self._check_parts()
+        self._exchanged = False
         self._watch()
         if self.training:
             self._forget()
@@ -546,7 +583,10 @@ class FusedBlock(nn.Module):
 
     def train(self: BlockT, mode: bool = True) -> BlockT:
         if mode and self._frozen:
-            raise FrozenError(f"lowkernels.nn.{type(self).__name__}: was frozen, so it cannot train")
+            raise FrozenError(
+                f"lowkernels.nn.{type(self).__name__}: was frozen, so it cannot train; what a model's train() reached before it "
+                "is in train mode now, and eval() takes that back"
+            )
         super().train(mode)
         if self.original is not None:
             self.original.training = mode
@@ -583,9 +623,9 @@ class FusedBlock(nn.Module):
             state["_buffers"] = {n: b for n, b in self._buffers.items() if n not in kept}
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - kept
             state.update(_folded_count=0, _kept_dtype=None, _packed={}, _packed_last=None, _signature=None)
-        for derived in ("_mode_sensitive", "_hooks_of_children", "_lead"):
-            state.pop(derived)
-        state.update(_last_call=None, _prepared={})
+        for derived in ("_mode_sensitive", "_hooks_of_children", "_attributes_of_children", "_places_of_children", "_lead"):
+            state.pop(derived, None)
+        state.update(_last_call=None, _prepared={}, _exchanged=not self.has_its_children())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -623,15 +663,17 @@ def repack(model: nn.Module) -> nn.Module:
     """Make every block's folded and packed weights from the parameters again, in place.
 
     Eager calls notice changed parameters by themselves. Call this after changes that leave no trace in version counters (writes
-    through ``.data`` or ``.detach()``, parameters made in inference mode, replaced children), and whenever parameters change under
-    a model that is already compiled, exported or captured in a CUDA graph. Exported and captured ones may read weights that folding
-    does not change where the parameters are: they follow what is written into a parameter, not a tensor put in its place.
+    through ``.data`` or ``.numpy()``, parameters made in inference mode); where children were exchanged for others of their kind,
+    which until then are called one by one; and whenever parameters change under a model that is already compiled, exported or
+    captured in a CUDA graph. Exported and captured ones may read weights that folding does not change where the parameters are:
+    they follow what is written into a parameter, not a tensor put in its place.
 
     Returns:
         ``model``.
 
     Raises:
         FrozenError: the model was frozen.
+        InputError: a block's child is not of the kind it needs any more.
     """
     for module in list(model.modules()):
         if isinstance(module, FusedBlock):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.operator import looks, nobody_listens
-from .block import PREPARED_KEPT, FusedBlock, has_hooks, hook_dicts
+from .block import PREPARED_KEPT, FusedBlock, has_hooks
 from .row import Around, Row, first
 
 
@@ -67,9 +67,10 @@ class Chain(nn.Sequential):
     def _first(self, x: Tensor, key: tuple[Any, ...]) -> Tensor:
         containers = [self, *(m for m in self.modules() if m is not self and isinstance(m, Chain))]
         self._structure = [(m._modules, tuple(m._modules.values())) for m in containers]
-        if any(hooks for m in containers[1:] for hooks in hook_dicts(m)):
+        if any("forward" in m.__dict__ or has_hooks(m) for m in containers[1:]):
             return self._one_by_one(x)
-        x, row, other_without_gradients = first(list(blocks_of(self)), x, Around([m._modules for m in containers], containers[1:]))
+        around = Around([m._modules for m in containers], containers[1:], [m.__dict__ for m in containers[1:]])
+        x, row, other_without_gradients = first(list(blocks_of(self)), x, around)
         if row is None and other_without_gradients:
             return x
         if len(self._rows) >= PREPARED_KEPT:

@@ -62,10 +62,12 @@ class Around:
     Attributes:
         places: dicts whose values must stay the objects they are: modules' children, or all their attributes.
         passed_over: modules that are not called any more, so that they must have no hooks.
+        attributes: of those of them that must not be given a forward of their own.
     """
 
     places: list[dict[str, Any]]
     passed_over: Sequence[nn.Module]
+    attributes: list[dict[str, Any]]
 
 
 class Row:
@@ -94,12 +96,16 @@ class Row:
         self._hooks = [hooks for m in (*around.passed_over, *blocks) for hooks in hook_dicts(m)]
         self._hooks += [hooks for block in blocks for hooks in block._hooks_of_children]
         self._handles: int | None = None
+        # Whose own forward would be passed over.
+        self._attributes = [*around.attributes, *(block.__dict__ for block in blocks)]
+        self._attributes += [attributes for block in blocks for attributes in block._attributes_of_children]
 
         sources = [source[2:] for block in blocks for source in block._signature or ()]
         for tensor in {id(t): t for step in steps if isinstance(step, Plain) for t in (step.weight, step.bias)}.values():
             if tensor is not None:
                 sources.append((tensor, None if tensor.is_inference() else tensor._version, tensor.data_ptr()))
         places = [place for block in blocks for place, *_ in block._signature or ()]
+        places += [place for block in blocks for place, _ in block._places_of_children]
         places += around.places
         self._places: list[dict[str, Any]] = list({id(place): place for place in places}.values())
         self._values = list(itertools.chain.from_iterable(place.values() for place in self._places))
@@ -116,6 +122,7 @@ class Row:
             and all(map(operator.is_, map(_attributes["_prepared"], self._blocks), self._settled))
             and list(map(_attributes["backend"], self._blocks)) == self._backends
             and not any(map(_attributes["training"], self._modes))
+            and not any(map(operator.contains, self._attributes, itertools.repeat("forward")))
             and not self._is_hooked()
         )
 
@@ -157,7 +164,8 @@ def first(steps: Sequence[Step], x: Tensor, around: Around) -> tuple[Tensor, Row
             continue
         known = looks(x[:, :, None, None] if isinstance(step, Linear) else x, step.backend_argument())
         x = step(x)
-        if known in step._prepared:
+        passed_over = "forward" in step.__dict__ or step.must_run_its_children()
+        if known in step._prepared and not passed_over:
             calls.append(step._prepared[known])
     if len(calls) < len(steps):
         # Settled without gradients only, as they mostly come.

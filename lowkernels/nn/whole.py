@@ -95,11 +95,17 @@ class Whole:
         if self._looks < _LOOKS and not _is_same(_state(model), self._state):
             self._look(model)
         containers = list(_containers(model))
-        if not self.steps or not _is_same(_state(model), self._state) or any(has_hooks(m) for m in containers):
+        if (
+            not self.steps
+            or not _is_same(_state(model), self._state)
+            or any(has_hooks(m) or "forward" in m.__dict__ for m in containers)
+        ):
             return model._call_impl(x)
         own = [m for m in containers if not _is_ours(m)]
         places = [*(m._modules for m in containers), *(d for m in own for d in (m._parameters, m._buffers))]
-        around = Around([*places, *(m.__dict__ for m in own if m is not model)], containers)
+        # Whoever holds the model's own attributes would keep it.
+        others = [m.__dict__ for m in containers if m is not model]
+        around = Around([*places, *(m.__dict__ for m in own if m is not model)], containers, others)
         out, row, _ = first(self.steps, x, around)
         if len(self._rows) >= PREPARED_KEPT:
             self._rows = {}

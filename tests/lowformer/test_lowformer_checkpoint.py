@@ -223,6 +223,7 @@ def write_pickle(path: Path) -> None:
 BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "empty": ("a.pt", lambda p: p.write_bytes(b""), "cannot be read as plain weights"),
     "garbage": ("a.pth", lambda p: p.write_bytes(b"garbage" * 100), "cannot be read as plain weights"),
+    "text": ("a.pth", lambda p: p.write_bytes(b"hello"), "cannot be read as plain weights"),
     "objects": ("a.pt", write_pickle, r"weights_only=True\): save it as torch.save\(model.state_dict"),
     "a tensor": (
         "a.pt",

@@ -33,8 +33,8 @@ def _other_state(block: nn.Module) -> dict[str, Tensor]:
     return {k: v * 1.25 if v.is_floating_point() else v for k, v in block.state_dict().items()}
 
 
-def _optimizer_step(block: Any) -> None:
-    optimizer = torch.optim.SGD(block.parameters(), lr=0.5)
+def _optimizer_step(block: Any, fused: bool = False) -> None:
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.5, fused=fused)
     block(torch.ones(1, _channels(block), 5, 5, dtype=torch.float64)).square().mean().backward()
     optimizer.step()
 
@@ -99,6 +99,8 @@ CHANGES: dict[str, Change] = {
     "load-into-a-child": _load_into_child,
     "in-place": _in_place,
     "optimizer-step": _optimizer_step,
+    # Its kernel does not count what it writes.
+    "fused-optimizer-step": lambda b: _optimizer_step(b, fused=True),
     "training-step": _train_step,
     "data-reassigned": _data,
     "new-parameter": _new_parameter,
@@ -134,6 +136,65 @@ def test_follows_inside_a_model(change: str) -> None:
         for case, block in zip(cases, model, strict=True):
             expected = case.plain(block, expected)
         assert_same(model(x), expected)
+
+
+class Tripled(nn.Module):
+    """As LoRA and the like stand in the place of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 3
+
+
+def _stand_in(block: nn.Module) -> None:
+    path = _path_of_conv(block)
+    parent = block.get_submodule(path.rpartition(".")[0])
+    setattr(parent, path.rpartition(".")[2], Tripled(_conv(block)))
+
+
+def _own_forward(block: nn.Module) -> None:
+    conv = _conv(block)
+    inner = conv.forward
+    conv.forward = lambda x: inner(x) * 3  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [_stand_in, _own_forward])
+@each(CASES)
+def test_children_that_compute_something_else_are_called(case: Case, change: Change) -> None:
+    block, plain = case.block(), case.make().double().eval()
+    plain.load_state_dict(block.state_dict())
+    x = case.x()
+    block(x)
+    change(block)
+    change(plain)
+    for _ in range(2):
+        with torch.no_grad():
+            assert_same(block(x), plain(x))
+        assert_same(block(x), plain(x))
+        block.train().eval()
+    with torch.no_grad():
+        assert_same(copy.deepcopy(block)(x), plain(x))
+    if change is _stand_in:
+        with pytest.raises(lowkernels.InputError, match="is Tripled"):
+            lowkernels.repack(block)
+
+
+@each(FEW)
+def test_repack_takes_children_of_the_same_kind(case: Case) -> None:
+    block, x = case.block(), case.x()
+    path = _path_of_conv(block)
+    other = copy.deepcopy(_conv(block))
+    with torch.no_grad():
+        other.weight *= 2
+        setattr(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], other)
+        assert_follows(case, block)
+        lowkernels.repack(block)
+        assert block.has_its_children()
+        assert_follows(case, block)
+        assert block(x).isfinite().all()
 
 
 @pytest.mark.parametrize("change", [_statistics, _recalibrate], ids=["in-place", "recalibrated"])

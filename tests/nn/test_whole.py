@@ -224,11 +224,23 @@ def _forward(model: Any) -> None:
     model.forward = lambda x: Net.forward(model, x) * 2
 
 
+def _forward_of(path: str) -> Callable[[Any], None]:
+    """A forward of its own for a module that a call of the whole model passes over."""
+
+    def change(model: Any) -> None:
+        module = model.get_submodule(path)
+        inner = module.forward
+        module.forward = lambda x: inner(x) * 2
+
+    return change
+
+
 def _load(model: Any) -> None:
     model.load_state_dict({k: v * 1.25 if v.is_floating_point() else v for k, v in model.state_dict().items()})
 
 
 _CHANGES = [_norm_weight, _norm_eps, _new_norm, _new_parameter, _data, _new_head, _no_drop, _block, _in_chain, _forward, _load]
+_CHANGES += [_forward_of(path) for path in ("norm", "body", "body.1", "last", "last.conv")]
 
 
 @pytest.mark.parametrize("change", _CHANGES)

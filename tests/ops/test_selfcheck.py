@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -55,6 +56,51 @@ def test_a_backend_that_breaks_is_not_used(probe: Probe, monkeypatch: pytest.Mon
     OPERATORS["mbconv"].overload(*args)
     choice = dispatch.last_call()[0]
     assert choice.rejected == ((NAME, "its self-check on cpu failed (ZeroDivisionError: division by zero)"),)
+
+
+def test_an_interrupted_proof_proves_nothing(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "SELF_CHECK", True)
+    args = random_call("conv_act").args
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(selfcheck, "failure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            OPERATORS["conv_act"].overload(*args)
+    probe.wrong_by = 1e-2
+    OPERATORS["conv_act"].overload(*args)
+    assert dispatch.last_call()[0].backend == "eager"
+
+
+def test_other_threads_wait_for_a_proof(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "SELF_CHECK", True)
+    args = random_call("conv_act").args
+    begun, finish = threading.Event(), threading.Event()
+
+    def slow(*args: object) -> str:
+        begun.set()
+        assert finish.wait(60)
+        return "a reason"
+
+    monkeypatch.setattr(selfcheck, "failure", slow)
+    served = []
+
+    def call() -> None:
+        OPERATORS["conv_act"].overload(*args)
+        served.append(dispatch.last_call()[0].backend)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert not served
+    finish.set()
+    for thread in threads:
+        thread.join(60)
+    assert served == ["eager", "eager"]
 
 
 def test_proofs_do_not_depend_on_the_callers_context(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
