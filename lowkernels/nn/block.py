@@ -685,8 +685,8 @@ def freeze(model: nn.Module) -> nn.Module:
     """Drop the original weights of every block, for deployment: only what the operators read stays in memory, packed if it can be.
 
     Afterwards the blocks have no parameters: ``state_dict()`` lacks theirs, and training, ``repack`` and ``restore`` raise
-    :class:`~lowkernels.errors.FrozenError`. Checkpoints cannot be loaded: to ``load_state_dict`` the blocks' keys are unexpected ones,
-    an error, or with ``strict=False`` part of what it returns. Moving to another device or dtype still works.
+    :class:`~lowkernels.errors.FrozenError`. Checkpoints cannot be loaded: to ``load_state_dict`` the blocks' keys are unexpected
+    ones, an error, or with ``strict=False`` part of what it returns. Moving to another device or dtype still works.
 
     Returns:
         ``model``.
