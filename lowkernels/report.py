@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import dispatch
-from .nn.block import FusedBlock
+from .nn.block import FusedBlock, check_is_module
 from .ops import OPERATORS
 
 if TYPE_CHECKING:
@@ -89,20 +89,25 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*_HEADER, caption=self._summary())
+        table = Table(caption=self._summary())
+        for title in _HEADER:
+            # A name that is cut off names nothing.
+            table.add_column(title, no_wrap=title == "module")
         for row in self.rows:
             # As Text: brackets in names and messages are no markup.
             table.add_row(*map(Text, row.cells()), style=None if row.replaced else "dim")
         return table
 
     def show(self) -> None:
-        """Print the table: with rich where it is installed, as plain text otherwise."""
+        """Print the table: on a terminal with rich where it is installed; as plain text, a line each module, otherwise."""
         try:
             from rich.console import Console
         except ImportError:
             print(self)
-        else:
-            Console().print(self)
+            return
+        console = Console()
+        # Elsewhere rich takes a line to have 80 characters.
+        console.print(self) if console.is_terminal or console.is_jupyter else print(self)
 
 
 def report(model: nn.Module) -> Report:
@@ -114,7 +119,11 @@ def report(model: nn.Module) -> Report:
 
     Args:
         model: any model.
+
+    Raises:
+        InputError: ``model`` is no module.
     """
+    check_is_module(model, "report")
     notes: dict[str, Row] = {}
     for prefix, module in model.named_modules():
         for name, row in module.__dict__.get(NOTES, {}).items():

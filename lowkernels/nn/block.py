@@ -61,6 +61,12 @@ def _count_fused_writes(optimizer: Optimizer, args: object, kwargs: object) -> N
 register_optimizer_step_post_hook(_count_fused_writes)
 
 
+def check_is_module(model: object, function: str) -> None:
+    """Raise InputError where a function of the package is given anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"lowkernels.{function}: argument model: is a {type(model).__name__}; allowed is a torch.nn.Module")
+
+
 class FusedBlock(nn.Module):
     """A block of a model that runs as one operator in eval mode. Use its subclasses.
 

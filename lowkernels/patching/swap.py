@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..errors import FrozenError
-from ..nn.block import FusedBlock
+from ..nn.block import FusedBlock, check_is_module
 from ..nn.chain import Chain, chain_blocks
 from ..nn.whole import make_whole, unmake_whole
 from ..report import NOTES, Row
@@ -68,7 +68,9 @@ def accelerate(
 
     Raises:
         BackendError: the backend asked for by name is unknown, or cannot serve the weights of a recognised block.
+        InputError: ``model`` is no module.
     """
+    check_is_module(model, "accelerate")
     dispatch.check_name(backend)
     if copy:
         model = copying.deepcopy(model)
@@ -125,7 +127,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         FrozenError: the model was frozen, so there is nothing to go back to.
+        InputError: ``model`` is no module.
     """
+    check_is_module(model, "restore")
     modules = list(model.modules())
     if any(isinstance(m, FusedBlock) and m.frozen for m in modules):
         raise FrozenError("lowkernels.restore: the model was frozen, so the original modules are gone")

@@ -683,3 +683,9 @@ def test_inside_distributed_data_parallel(tmp_path: Any) -> None:
             lowkernels.restore(late)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("function", [lowkernels.accelerate, lowkernels.restore, lowkernels.report])
+def test_what_is_no_module_is_refused(function: Callable[[Any], object]) -> None:
+    with pytest.raises(lowkernels.InputError, match=f"lowkernels.{function.__name__}: argument model: is a str; allowed"):
+        function("model")

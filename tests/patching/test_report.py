@@ -104,6 +104,20 @@ def test_rich_table() -> None:
     assert "2 of 3 modules replaced" in text
 
 
+def test_names_are_whole_on_a_small_terminal() -> None:
+    rich = pytest.importorskip("rich.console")
+    out = io.StringIO()
+    name = "stages.3.11.main.point_conv"
+    rich.Console(file=out, width=80).print(lowkernels.Report((Row(name, "mbconv", True, "auto", "a long reason " * 9),)))
+    assert name in out.getvalue()
+
+
+def test_a_line_each_module_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    report = lowkernels.report(model_of_two())
+    report.show()
+    assert capsys.readouterr().out == f"{report}\n"
+
+
 @pytest.mark.parametrize("rich", [True, False])
 def test_show(rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if not rich:
