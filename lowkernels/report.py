@@ -106,8 +106,10 @@ class Report:
             print(self)
             return
         console = Console()
-        # Elsewhere rich takes a line to have 80 characters.
-        console.print(self) if console.is_terminal or console.is_jupyter else print(self)
+        if console.is_terminal or console.is_jupyter:
+            console.print(self)
+        else:  # rich would take a line to have 80 characters
+            print(self)
 
 
 def report(model: nn.Module) -> Report:

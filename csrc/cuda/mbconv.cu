@@ -106,11 +106,7 @@ mbconv(P p) {
         copy_inputs<T, 16>(p, place, in, inputs, rows, depth);
     else
         copy_inputs<T, 8>(p, place, in, inputs, rows, depth);
-    for (int row = thread_index(); row < rows; row += kThreads) {
-        const int number = row / (in.h * in.w), pixel = row % (in.h * in.w);
-        const int y = number * place.window_h + in.y - place.window_y + pixel / in.w, x = in.x - place.window_x + pixel % in.w;
-        target[row] = number < p.g.images ? y * place.window_w + x : -1;
-    }
+    for (int row = thread_index(); row < rows; row += kThreads) target[row] = window_pixel(p.g, place, in, row);
     // The border stays zero; padding comes after the activation, so no bias may reach it.
     constexpr int quads = kWindowLength / 4;
     const float zeros[4] = {};

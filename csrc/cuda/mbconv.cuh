@@ -32,4 +32,11 @@ LK_DEVICE Inside inside_of(const Geometry& g, const Place& p) {
     return in;
 }
 
+// Which pixel of the window a row of X is; -1: none.
+LK_DEVICE int window_pixel(const Geometry& g, const Place& p, const Inside& in, int row) {
+    const int number = row / (in.h * in.w), pixel = row % (in.h * in.w);
+    const int y = number * p.window_h + in.y - p.window_y + pixel / in.w, x = in.x - p.window_x + pixel % in.w;
+    return number < g.images ? y * p.window_w + x : -1;
+}
+
 }  // namespace lowkernels

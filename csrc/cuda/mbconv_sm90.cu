@@ -19,10 +19,10 @@
 namespace lowkernels {
 namespace {
 
-// STAGES slabs under way; output channels COLUMNS at a time.
+// STAGES slabs under way.
 template <int STAGES>
 struct WideMBConv {
-    static constexpr int kThreads = 2 * kWarpgroup, kRows = 128;
+    static constexpr int kThreads = 2 * kWarpgroup;
     static constexpr int kStages = STAGES, kRing = STAGES * kSlabBytes;
     static constexpr int kParts = 2, kColumns = kParts * kSlabColumns;
 };
@@ -31,12 +31,13 @@ static_assert(kThreads == 2 * kWarpgroup, "window.cuh deals the depthwise convol
 // The shapes compiled, by the number lowkernels/backends/cuda/hopper_mbconv.py chooses.
 #define LK_WIDE_MBCONVS(X) X(0, 4) X(1, 3)
 
+constexpr int kWideRows = 128;  // of a CTA's products, 64 of each warpgroup
 constexpr int kTaps = 3;     // of a line
 constexpr int kSegment = 8;  // outputs of a line that a thread makes
 // A unit: 64 of depth of a product. Of the expansion two units of 64 columns are a slab.
 constexpr int kUnitDepth = kSlabDepth, kUnitBytes = kUnitDepth * kChunk * 2;
-// Rows of an operand that one warpgroup has, and bytes of 64 of depth of a CTA's.
-constexpr int kGroupBytes = 64 * kUnitDepth * 2, kRowsBytes = 128 * kUnitDepth * 2;
+// Bytes of a unit's depth of a CTA's rows, and of one warpgroup's.
+constexpr int kRowsBytes = kWideRows * kUnitDepth * 2, kGroupBytes = kRowsBytes / 2;
 
 struct WideMBConvTask {
     MBConv p;
@@ -53,8 +54,8 @@ LK_DEVICE void copy_rows(const WideMBConvTask& t, const Place& place, const Insi
     const Geometry& g = t.p.g;
     constexpr int elements = PIECE / 2, pieces = kUnitDepth / elements;
     const int pixels = in.h * in.w;
-    for (int i = thread_index(); i < 128 * pieces * 2 * t.slabs; i += kThreads) {
-        const int unit = i / (128 * pieces), row = i / pieces % 128, channel = i % pieces * elements;
+    for (int i = thread_index(); i < kWideRows * pieces * 2 * t.slabs; i += kThreads) {
+        const int unit = i / (kWideRows * pieces), row = i / pieces % kWideRows, channel = i % pieces * elements;
         const int number = row / pixels, image = place.image + number;
         const int y = in.y + row % pixels / in.w, x = in.x + row % pixels % in.w, from = unit * kUnitDepth + channel;
         const bool valid = number < g.images && image < g.n && from < g.c;
@@ -190,10 +191,8 @@ mbconv_sm90(WideMBConvTask t) {
         int target[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = warp_index() * 16 + half * 8 + lane_index() / 4;
-            const int number = row / (in.h * in.w), pixel = row % (in.h * in.w);
-            const int y = number * place.window_h + in.y - place.window_y + pixel / in.w, x = in.x - place.window_x + pixel % in.w;
-            target[half] = number < p.g.images ? (y * place.window_w + x) * kWindowLength : -1;
+            const int pixel = window_pixel(p.g, place, in, warp_index() * 16 + half * 8 + lane_index() / 4);
+            target[half] = pixel < 0 ? -1 : pixel * kWindowLength;
         }
         int rows = thread_index() / kWarpgroup * kGroupBytes;  // where this warpgroup's begin in 64 of depth of X, and in D
         const int channels = t.chunks * kChunk;
@@ -276,7 +275,7 @@ int launch_config(const MBConv& p, void* stream) {
     const int window_h = g.tile_h + kTaps - 1, window_w = g.tile_w + kTaps - 1;
     const int inside = g.images * smaller(window_h, g.h) * smaller(window_w, g.w);
     if (g.kernel != kTaps || g.stride != 1 || t.slabs < 2) return kNoSuchConfig;
-    if (inside > C::kRows || g.images * g.tile_h * g.tile_w > C::kRows || g.images * g.tile_h * across > kSlots) return kNoSuchConfig;
+    if (inside > kWideRows || g.images * g.tile_h * g.tile_w > kWideRows || g.images * g.tile_h * across > kSlots) return kNoSuchConfig;
     const size_t window = static_cast<size_t>(g.images) * window_h * window_w * kWindowLength * sizeof(typename Kept<T>::type);
     const size_t shared = C::kRing + static_cast<size_t>(1 + 2 * t.slabs) * kRowsBytes + window;
     const int64_t tiles = static_cast<int64_t>((g.ho + g.tile_h - 1) / g.tile_h) * ((g.wo + g.tile_w - 1) / g.tile_w);

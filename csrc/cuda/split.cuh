@@ -24,11 +24,11 @@ LK_DEVICE int end_chunk(const Split& s) {
     return (block % s.count + 1) * s.chunks;
 }
 
+// Of the output.
+LK_DEVICE int64_t elements_of(const Geometry& g) { return static_cast<int64_t>(g.n) * g.ho * g.wo * g.co; }
+
 // This CTA's sums begin here.
-LK_DEVICE float* sums_of_block(const Split& s, const Geometry& g) {
-    const int64_t elements = static_cast<int64_t>(g.n) * g.ho * g.wo * g.co;
-    return s.sums + block_x() % s.count * elements;
-}
+LK_DEVICE float* sums_of_block(const Split& s, const Geometry& g) { return s.sums + block_x() % s.count * elements_of(g); }
 
 // Whether all other CTAs of the same outputs have left their sums. `flag` is a word of shared memory that nobody uses; `columns` is the
 // number of CTAs along y.
@@ -49,7 +49,7 @@ inline bool divide(Split& s, Grid& grid, int chunks) {
 
 // The sums over all CTAs of the four outputs from element `at` on.
 LK_DEVICE void add_sums(const Split& s, const Geometry& g, int64_t at, float (&v)[4]) {
-    const int64_t elements = static_cast<int64_t>(g.n) * g.ho * g.wo * g.co;
+    const int64_t elements = elements_of(g);
     clear(v);
     for (int share = 0; share < s.count; share++) {
         const Float4 other = load4_fresh(s.sums + share * elements + at);

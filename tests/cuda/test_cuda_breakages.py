@@ -127,9 +127,9 @@ BREAKAGES = [
     Breakage("mbconv", "mbconv.cu", "image < p.g.n && channel", "channel", "bounds", True),
     Breakage(
         "mbconv",
-        "mbconv.cu",
-        "target[row] = number < p.g.images ? y * place.window_w + x : -1",
-        "target[row] = y * place.window_w + x",
+        "mbconv.cuh",
+        "number < g.images ? y * p.window_w + x : -1",
+        "y * p.window_w + x",
         "race",
     ),
     Breakage("lowtention", "lowtention.cu", "y < 0 || y >= p.h || ", "", "bounds"),

@@ -94,7 +94,7 @@ def test_each_barrier_is_needed(kernels: Path, force: Force) -> None:
 
 BREAKAGES = [
     ("split.cuh", "load4_fresh(", "load4(", "same-launch"),
-    ("split.cuh", "s.sums + block_x() % s.count * elements", "s.sums", "twice"),
+    ("split.cuh", "s.sums + block_x() % s.count * elements_of(g)", "s.sums", "twice"),
     ("split.cuh", "== s.count - 1;", "== 0;", "unwritten"),
     ("split.cuh", "share < s.count", "share + 1 < s.count", "numbers"),
     ("split.cuh", "(block % s.count + 1) * s.chunks", "(block % s.count + 2) * s.chunks", "numbers"),
@@ -170,10 +170,7 @@ def test_no_more_than_there_are_multiprocessors(ctas: int, chunks: int, expected
 
 
 def test_tickets() -> None:
-    class Few(split._Tickets):
-        pass
-
-    tickets = Few(torch.device("cpu"))
+    tickets = split._Tickets(torch.device("cpu"))
     first, second = tickets.take(5, False), tickets.take(3, False)
     assert first is not None
     assert second is not None

@@ -58,31 +58,13 @@ def shared_bytes(shape: Shape, tile: Tile) -> int:
     return ring + (1 + 2 * _slabs(shape.channels)) * _UNIT_BYTES + tiling.window_bytes(shape, tile)
 
 
-def _tiles(shape: Shape, config: Config) -> list[Tile]:
-    height, width = shape.output
-    sizes = [(images, height, width) for images in range(2, min(shape.batch, _ROWS // (height * width)) + 1)]
-    for tile_width in sorted({-(-width // n) for n in range(1, width + 1)}, reverse=True):
-        sizes += [(1, h, tile_width) for h in sorted({-(-height // n) for n in range(1, height + 1)}, reverse=True)]
-    tiles = [Tile(*size, config.number) for size in sizes]
-    return [tile for tile in tiles if max(_outputs(tile), tiling.inside(shape, tile)) <= _ROWS and _segments(tile) <= _SEGMENTS]
-
-
-def _outputs(tile: Tile) -> int:
-    return tile.images * tile.height * tile.width
-
-
 def _segments(tile: Tile) -> int:
     return tile.images * tile.height * -(-tile.width // _SEGMENT)
 
 
-def _ctas(shape: Shape, tile: Tile) -> int:
-    height, width = shape.output
-    return -(-shape.batch // tile.images) * -(-height // tile.height) * -(-width // tile.width) * -(-shape.out_channels // _COLUMNS)
-
-
 def _cost(shape: Shape, tile: Tile, device: Device) -> float:
     """Cycles of the busiest multiprocessor."""
-    ctas = _ctas(shape, tile)
+    ctas = tiling.count(shape, tile, _COLUMNS)
     chunks, slabs = -(-shape.expanded // CHUNK), _slabs(shape.channels)
     # A slab of the expansion is twice as deep as one of the projection, and has half its columns: as many cycles.
     products = hopper.WAITING * hopper.SLAB_CYCLES * _WARPGROUPS * (slabs + _PARTS)
@@ -103,14 +85,15 @@ def divisions(shape: Shape, device: Device, config: int | None = None) -> list[T
     serve."""
     if not served(shape.kernel, shape.stride, shape.channels):
         return []
-    tiles = [tile for c in CONFIGS if config in (None, c.number) for tile in _tiles(shape, c)]
-    fitting = [tile for tile in tiles if shared_bytes(shape, tile) <= device.shared]
+    tiles = (tile for c in CONFIGS if config in (None, c.number) for tile in tiling.tiles(shape, _ROWS, c.number))
+    dealt = (tile for tile in tiles if tiling.inside(shape, tile) <= _ROWS and _segments(tile) <= _SEGMENTS)
+    fitting = [tile for tile in dealt if shared_bytes(shape, tile) <= device.shared]
     cheapest = min((_cost(shape, tile, device) for tile in fitting), default=0.0)
 
     def order(tile: Tile) -> tuple[float, int, int]:
         # A CTA with fewer rows is hardly faster: of what is about as fast, the fewest CTAs and the most slabs under way.
         cost = max(_cost(shape, tile, device), _ALIKE * cheapest)
-        return cost, _ctas(shape, tile), -CONFIGS[tile.config].stages
+        return cost, tiling.count(shape, tile, _COLUMNS), -CONFIGS[tile.config].stages
 
     return sorted(fitting, key=order)
 

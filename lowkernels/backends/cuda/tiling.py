@@ -129,24 +129,29 @@ def shared_bytes(shape: Shape, tile: Tile) -> int:
     return result + window_bytes(shape, tile) + _inputs(shape, tile) * ((depth + 8) * 2 + 4)
 
 
-def _tiles(shape: Shape, config: Config) -> Iterator[Tile]:
+def tiles(shape: Shape, rows: int, config: int) -> Iterator[Tile]:
+    """Tiles of up to ``rows`` outputs, of the config of that number: several whole images, or a rectangle of one."""
     height, width = shape.output
-    rows = config.tiles * 16
     for images in range(2, min(shape.batch, rows // (height * width)) + 1):
-        yield Tile(images, height, width, config.number)
+        yield Tile(images, height, width, config)
     # From the largest rows down; a tile of one pixel always comes last.
     for tile_width in sorted({-(-width // n) for n in range(1, width + 1)}, reverse=True):
         if tile_width <= rows:
             for tile_height in sorted({-(-height // n) for n in range(1, height + 1)}, reverse=True):
                 if tile_width * tile_height <= rows:
-                    yield Tile(1, tile_height, tile_width, config.number)
+                    yield Tile(1, tile_height, tile_width, config)
+
+
+def count(shape: Shape, tile: Tile, columns: int) -> int:
+    """CTAs of such tiles and of so many output channels that a call takes."""
+    height, width = shape.output
+    passes = -(-shape.out_channels // columns)
+    return -(-shape.batch // tile.images) * -(-height // tile.height) * -(-width // tile.width) * passes
 
 
 def ctas(shape: Shape, tile: Tile) -> int:
     """CTAs of a launch that is not split."""
-    height, width = shape.output
-    passes = -(-shape.out_channels // CONFIGS[tile.config].columns)
-    return -(-shape.batch // tile.images) * -(-height // tile.height) * -(-width // tile.width) * passes
+    return count(shape, tile, CONFIGS[tile.config].columns)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -155,18 +160,17 @@ def splits(shape: Shape, tile: Tile, device: Device) -> int:
     if not shape.expanded or not CONFIGS[tile.config].splits:
         return 1
     chunks = -(-shape.expanded // CHUNK)
-    return split.cheapest(ctas(shape, tile), chunks, device, lambda count: _cost(shape, tile, device, count))
+    return split.cheapest(ctas(shape, tile), chunks, device, lambda shared: _cost(shape, tile, device, shared))
 
 
 def _cost(shape: Shape, tile: Tile, device: Device, shared: int | None = None) -> float:
     """Relative time of a call: multiply-adds of the busiest multiprocessor, padding included. ``shared``: how many CTAs share the
     expanded channels; without it as many as :func:`splits` says."""
     config = CONFIGS[tile.config]
-    count = splits(shape, tile, device) if shared is None else shared
-    all_ctas = ctas(shape, tile) * count
+    sharing = splits(shape, tile, device) if shared is None else shared
+    all_ctas = ctas(shape, tile) * sharing
     resident = min(config.per_processor, device.shared_per_processor // (shared_bytes(shape, tile) + 1024))
-    middle = rounded_up(shape.expanded or shape.channels, CHUNK)
-    middle = rounded_up(-(-middle // count), CHUNK)
+    middle = rounded_up(-(-(shape.expanded or shape.channels) // sharing), CHUNK)
     rows = config.tiles * 16
     # Depthwise multiply-adds run outside of the tensor cores, at about a sixteenth of their rate.
     work = rows * (min(config.columns, rounded_up(shape.out_channels, GROUP)) + 16 * shape.kernel**2)
@@ -178,14 +182,14 @@ def _cost(shape: Shape, tile: Tile, device: Device, shared: int | None = None) -
     alone = 1.5 if resident < 2 else 1.0
     waves = -(-all_ctas // (device.processors * max(1, resident)))
     elements = tile.images * tile.height * tile.width * min(config.columns, shape.out_channels)
-    return waves * max(1, resident) * work * middle * alone + _MULTIPLY_ADDS * split.joining(count, elements)
+    return waves * max(1, resident) * work * middle * alone + _MULTIPLY_ADDS * split.joining(sharing, elements)
 
 
 def _fitting(shape: Shape, device: Device) -> Iterator[Tile]:
     """Every division that fits the device."""
     widest = next((c.columns for c in CONFIGS if shape.out_channels <= c.columns), CONFIGS[-1].columns)
-    tiles = (tile for config in CONFIGS if config.columns == widest for tile in _tiles(shape, config))
-    return (tile for tile in tiles if shared_bytes(shape, tile) <= device.shared)
+    found = (tile for c in CONFIGS if c.columns == widest for tile in tiles(shape, c.tiles * 16, c.number))
+    return (tile for tile in found if shared_bytes(shape, tile) <= device.shared)
 
 
 @functools.lru_cache(maxsize=4096)
